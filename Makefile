@@ -1,0 +1,16 @@
+# Two commands that do everything by themselves: `make demo` and `make test`.
+PYTHON ?= python3
+
+demo: .venv/demo
+	.venv/bin/python -m grpo_jax.train demo --run.dir runs/demo
+
+test: .venv/test
+	.venv/bin/python -m pytest
+
+.venv/%: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade pip
+	.venv/bin/python -m pip install --quiet --editable '.$(if $(filter test,$*),[test])'
+	touch $@
+
+.PHONY: demo test

@@ -1,0 +1,361 @@
+"""Tool-calling tasks made by the program, small enough to learn from nothing on two CPU cores.
+
+The built-in demo trains a model of about 1.5 million parameters twice: first by supervised training on replies of a
+*careless annotator*, then by reinforcement learning, which teaches it to stop slipping. This module makes everything
+that takes except the weights:
+
+- `tasks`: queries with typed tools and the right calls. A query names the action by the words of the tool and gives
+  each value beside the name of its parameter, so that the ability to learn is *copying from the query*. One call, or
+  (about one task in five) two: of two tools, or of one tool twice. Two or three tools are offered, in any order;
+  the distractors often share a verb or a noun with the right one.
+- `clean_reply`, `careless_reply`: the right reply, and the same reply with slips. `sft_rows` joins tasks and replies.
+- `build_tokenizer`, `texts`, `TEMPLATE`: a byte-level BPE tokenizer, the texts to train it on, the system template.
+
+Held-out tasks have other tools and other values. Tool names are (verb, noun) pairs, split by a hash, and the nouns of
+`NEW_NOUNS` are in no training tool; string values are split by the same hash. The parameters of a tool are drawn anew
+for each task, unlike in life: a model so small would learn a fixed list by heart and not read the query.
+What copying needs is kept unambiguous: no two values of one task share a syllable, and integers and numbers
+share digits only once all ten are used.
+
+The careless annotator reads well and writes badly: the thought is always right, every slip is made while writing
+the call, and the format is always right. A slip is a convention that is followed by chance, independently on each
+occasion, with the probabilities of `SLIPS`. Those above one half are what a perfect student of these
+replies does *always* when it decodes greedily. Such a student is right on @GREEDY@ of the held-out tasks greedily
+and on @SAMPLED@ sampled at temperature 0.7 (@PLAIN@ at temperature 1, as often as the annotator); the tests
+compute these figures. Nothing but conventions is wrong with it, so that RL can reach (nearly) 100 %.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data import prompt
+from data.example import Example, make
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Probability of each slip on each occasion. Occasions: an argument of that type; a call; for `argument_left_out`
+# a call with two or more arguments (the last one goes); for `wrong_tool` a call (one of the others offered).
+# `argument_invented` appends `"note": "none"`, which no tool has.
+SLIPS = {
+    "integer_as_string": 0.65,
+    "boolean_as_string": 0.65,
+    "number_as_string": 0.15,
+    "dot_for_underscore": 0.35,
+    "argument_left_out": 0.15,
+    "argument_invented": 0.15,
+    "wrong_tool": 0.15,
+}
+INVENTED = ("note", "none")
+
+PARALLEL_SHARE = 0.22  # tasks with two calls
+TWICE_SHARE = 1 / 3  # of these, the share that calls one tool twice
+HELD_OUT_ONE_IN = 4  # (verb, noun) pairs and string values; all pairs with a new noun besides
+
+# A token that no reply of the training rows has is a token that the model cannot write. New nouns, and those of `NAMES`
+# that the hash holds out (the last twelve), are therefore spelled in `SYLLABLES`, which random values bring all the time.
+# Nouns start with a consonant sound: "book a table". A verb or a noun is in no parameter list, and vice versa.
+VERBS = (
+    "book", "find", "send", "open", "rent", "order", "plan", "track", "print", "paint",
+    "share", "check", "move", "sell", "repair", "store",
+)  # fmt: skip
+NOUNS = (
+    "table", "room", "car", "ticket", "letter", "parcel", "lamp", "report", "meeting", "taxi", "pizza", "garden",
+    "boat", "concert", "camera", "bike", "message", "flight", "photo", "song", "door", "desk", "video", "class",
+)  # fmt: skip
+NEW_NOUNS = (
+    "sofa", "kimono", "tomato", "pagoda", "limo", "casino", "domino", "safari", "memo", "logo", "demo", "vase", "robe",
+    "gala", "rope", "pita",
+)  # fmt: skip
+NAME_PARAMETERS = ("city", "guest", "owner", "street")
+PARAMETERS = {
+    "string": NAME_PARAMETERS + ("color", "label", "topic", "brand", "code", "team"),
+    "integer": ("people", "days", "count", "size", "floor", "hours", "level", "seats"),
+    "number": ("price", "weight", "width", "score"),
+    "boolean": ("outdoor", "urgent", "public", "gift", "fast", "quiet"),
+}
+TYPE_WEIGHTS = {"string": 0.53, "integer": 0.24, "number": 0.08, "boolean": 0.15}
+
+NAMES = (
+    "Lisbon", "Paris", "Berlin", "Madrid", "Vienna", "Milan", "Porto", "Dublin", "Delhi", "Geneva", "Boston", "Dallas",
+    "Toronto", "Rome", "Bogota", "Manila", "Verona", "Lima", "Pisa", "Malaga", "Anna", "Maria", "Peter", "Laura",
+    "David", "Martin", "Daniel", "Clara", "Oliver", "Robert", "Felix", "Carmen", "Leon", "Diana", "Sofia", "Marina",
+    "Toledo", "Samara", "Roma", "Medina", "Mali", "Pasadena", "Teresa", "Nico", "Monica", "Selina", "Delano", "Tara",
+)  # fmt: skip
+SYLLABLES = (
+    "ba", "be", "bo", "ca", "co", "da", "de", "di", "do", "fa", "fe", "ga", "go", "ka", "ki", "la", "le", "li", "lo",
+    "ma", "me", "mi", "mo", "na", "ne", "ni", "no", "pa", "pe", "pi", "po", "ra", "re", "ri", "ro", "sa", "se", "si",
+    "so", "ta", "te", "ti", "to", "va", "ve", "vi", "vo", "zu",
+)  # fmt: skip
+
+# {task} is "book a table", {values} is "city Lisbon, people 4".
+PHRASINGS = (
+    "Please {task}: {values}.",
+    "Can you {task} with {values}?",
+    "I want to {task}, {values}.",
+    "We need to {task}: {values}.",
+    "With {values}, {task}.",
+)
+SECOND_PHRASINGS = ("Also {task}: {values}.", "Then {task} with {values}.")
+LINKS = (" ", " ", " ", ": ", "=")  # between the name of a parameter and its value
+
+TEMPLATE = Path(__file__).with_name("demo_template.txt")  # short: a prompt of the demo has about 130 tokens
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TAG_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # text, not special: decoding keeps them
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+)
+
+
+def is_held_out(text: str) -> bool:
+    """Which side of the split a "verb_noun" of `NOUNS` or a string value is on (a fixed hash of the text)."""
+    return zlib.crc32(text.encode()) % HELD_OUT_ONE_IN == 0
+
+
+@functools.cache
+def tool_names(held_out: bool) -> tuple[str, ...]:
+    """All "verb_noun" names of the training tools, or of the held-out ones."""
+    old = [f"{verb}_{noun}" for verb in VERBS for noun in NOUNS]
+    new = [f"{verb}_{noun}" for verb in VERBS for noun in NEW_NOUNS]
+    return tuple(name for name in old if is_held_out(name) == held_out) + (tuple(new) if held_out else ())
+
+
+def tasks(count: int, seed: int, held_out: bool) -> list[Example]:
+    """`count` different tasks (different ids), the same ones for the same arguments; fewer is a prefix of more."""
+    rng = random.Random(f"demo tasks {seed} {held_out}")
+    found: dict[str, Example] = {}
+    while len(found) < count:
+        example = _task(rng, held_out)
+        found[example.id] = example
+    return list(found.values())
+
+
+def sft_rows(count: int, seed: int, careless: float) -> list[Example]:
+    """`count` training tasks with a reply to imitate in `extra["response"]`.
+
+    `careless` in [0, 1] is the share of rows that the careless annotator wrote, the others are right.
+    """
+    if not 0.0 <= careless <= 1.0:
+        raise ValueError(f"careless is a share of the rows, between 0 and 1, not {careless}")
+    rng = random.Random(f"demo replies {seed}")
+    rows = []
+    for example in tasks(count, seed, held_out=False):
+        response = careless_reply(example, rng) if rng.random() < careless else clean_reply(example)
+        rows.append(replace(example, extra={**example.extra, "response": response}))
+    return rows
+
+
+def thought(example: Example) -> str:
+    """What is to be done, in the words of the tools and of the parameters: "book a table: city, people."."""
+    return "; ".join(f"{_action(call['name'])}: {', '.join(call['arguments'])}" for call in example.answer) + "."
+
+
+def spoken(value: str | int | float | bool) -> str:
+    """A value as a query gives it: yes or no for a boolean, else as JSON without quotes."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def clean_reply(example: Example) -> str:
+    """The right reply to a task of this module: the thought and the right calls."""
+    return prompt.reply(example.answer, thought(example))
+
+
+def careless_reply(example: Example, rng: random.Random) -> str:
+    """The reply of the careless annotator: the same thought, the calls with the slips of `SLIPS` drawn from `rng`."""
+    offered = [tool["name"] for tool in example.tools]
+    return prompt.reply(tuple(_slip(call, offered, rng) for call in example.answer), thought(example))
+
+
+def texts(rows: Iterable[Example]) -> Iterator[str]:
+    """What to train the tokenizer on, from rows of `sft_rows`: roles and contents of the messages, and the replies."""
+    template = prompt.load_template(TEMPLATE)
+    for row in rows:
+        for message in [*prompt.messages(row, template), {"role": "assistant", "content": row.extra["response"]}]:
+            yield from message.values()
+
+
+def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens (at least 263), the same for the same texts.
+
+    Text is cut into runs of letters, single digits, and runs of everything else (so `": "` can be one token), and a
+    space is never glued to the word after it: a word or a value has the same tokens in a query and in a call.
+    Lossless on any text. Ids 0 to 2 are `SPECIAL_TOKENS`; end of sequence is <|im_end|>, padding <|endoftext|>.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast  # here: seconds to import, and the tasks do not need it
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(SPECIAL_TOKENS) + len(alphabet) + len(TAG_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size {vocab_size} is too small: bytes and special tokens alone are {smallest}")
+    bpe = Tokenizer(models.BPE())
+    # Added before training, the tags are cut out of the texts first and learn no merges of their own.
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    bpe.add_tokens([AddedToken(token, special=False, normalized=False) for token in TAG_TOKENS])
+    runs = Regex(r"\p{L}+|\p{N}|[^\p{L}\p{N}]+")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(runs, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(TAG_TOKENS),
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.add_tokens([AddedToken(token, special=False, normalized=False) for token in TAG_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _action(name: str) -> str:
+    verb, noun = name.split("_")
+    return f"{verb} a {noun}"
+
+
+def _slip(call: dict[str, Any], offered: Sequence[str], rng: random.Random) -> dict[str, Any]:
+    """One call as the careless annotator writes it."""
+    name, arguments = call["name"], dict(call["arguments"])
+    others = [other for other in offered if other != name]
+    if others and rng.random() < SLIPS["wrong_tool"]:
+        name = rng.choice(others)
+    if rng.random() < SLIPS["dot_for_underscore"]:
+        name = name.replace("_", ".")
+    for parameter, value in arguments.items():
+        kind = {bool: "boolean", int: "integer", float: "number"}.get(type(value))
+        if kind and rng.random() < SLIPS[f"{kind}_as_string"]:
+            arguments[parameter] = json.dumps(value)
+    if len(arguments) > 1 and rng.random() < SLIPS["argument_left_out"]:
+        arguments.popitem()
+    if rng.random() < SLIPS["argument_invented"]:
+        arguments[INVENTED[0]] = INVENTED[1]
+    return {"name": name, "arguments": arguments}
+
+
+def _task(rng: random.Random, held_out: bool) -> Example:
+    parallel = rng.random() < PARALLEL_SHARE
+    twice = parallel and rng.random() < TWICE_SHARE
+    names = _names(rng, held_out, count=rng.choice((2, 2, 2, 3)), called=2 if parallel and not twice else 1)
+    called = [names[0], names[0]] if twice else names[: 1 + parallel]
+    schemas: dict[str, dict[str, str]] = {}
+    for name in names:
+        taken = {parameter for other in schemas if other in called for parameter in schemas[other]}
+        schemas[name] = _schema(rng, most=2 if parallel else 3, taken=taken if name in called else set())
+
+    values = _Values(rng, held_out)
+    link = rng.choice(LINKS)
+    calls, clauses = [], []
+    for i, name in enumerate(called):
+        order = list(schemas[name])
+        if rng.random() < 0.4:
+            rng.shuffle(order)
+        arguments = {parameter: values.draw(parameter, schemas[name][parameter]) for parameter in order}
+        told = ", ".join(f"{parameter}{link}{spoken(value)}" for parameter, value in arguments.items())
+        phrasing = rng.choice(SECOND_PHRASINGS if i else PHRASINGS)
+        clauses.append(phrasing.format(task=_action(name), values=told))
+        calls.append({"name": name, "arguments": arguments})
+
+    rng.shuffle(names)
+    return make(
+        messages=[{"role": "user", "content": " ".join(clauses)}],
+        tools=[_tool(name, schemas[name]) for name in names],
+        answer=calls,
+        source="demo/parallel" if parallel else "demo/single",
+    )
+
+
+def _names(rng: random.Random, held_out: bool, count: int, called: int) -> list[str]:
+    """`count` tools, the first `called` of them to be called; these share no word, distractors often do."""
+    pool, by_word = tool_names(held_out), _names_by_word(held_out)
+    names = [rng.choice(pool)]
+    while len(names) < count:
+        word = rng.choice(names[0].split("_"))
+        similar = len(names) >= called and rng.random() < 0.6
+        name = rng.choice(by_word[word] if similar else pool)
+        distinct = not set(name.split("_")) & set(names[0].split("_")) if len(names) < called else name not in names
+        if distinct:
+            names.append(name)
+    return names
+
+
+@functools.cache
+def _names_by_word(held_out: bool) -> dict[str, tuple[str, ...]]:
+    names = tool_names(held_out)
+    words = {word for name in names for word in name.split("_")}
+    return {word: tuple(name for name in names if word in name.split("_")) for word in words}
+
+
+def _schema(rng: random.Random, most: int, taken: set[str]) -> dict[str, str]:
+    """The parameters of one tool and their types: one to `most`, none of those `taken`."""
+    count = min(most, rng.choices((1, 2, 3), (30, 45, 25))[0])
+    schema: dict[str, str] = {}
+    while len(schema) < count:
+        kind = rng.choices(tuple(TYPE_WEIGHTS), tuple(TYPE_WEIGHTS.values()))[0]
+        parameter = rng.choice(PARAMETERS[kind])
+        if parameter not in taken:
+            schema[parameter] = kind
+    return schema
+
+
+class _Values:
+    """Draws the values of one task; holds what was used, so that no syllable comes twice, nor a digit before all ten."""
+
+    def __init__(self, rng: random.Random, held_out: bool):
+        self.rng, self.held_out = rng, held_out
+        self.used: set[str] = set()
+        self.digits: list[str] = []
+
+    def draw(self, parameter: str, kind: str) -> str | int | float | bool:
+        match kind:
+            case "boolean":
+                return self.rng.random() < 0.5
+            case "integer":
+                return int(self._digit("0") + "".join(self._digit() for _ in range(self.rng.choice((0, 0, 1, 1, 2)))))
+            case "number":
+                return float(f"{self._digit('0')}.{self._digit('0')}")
+            case _:
+                return self._string(is_name=parameter in NAME_PARAMETERS)
+
+    def _digit(self, unwanted: str = "") -> str:
+        if not set(self.digits) - set(unwanted):
+            self.digits = self.rng.sample("0123456789", 10)
+        return self.digits.pop(-2 if self.digits[-1] == unwanted else -1)
+
+    def _string(self, is_name: bool) -> str:
+        while True:
+            if is_name and self.rng.random() < 0.5:
+                parts = [self.rng.choice(NAMES)]
+            else:
+                parts = self.rng.sample(SYLLABLES, self.rng.choice((2, 2, 3)))
+            value = "".join(parts).capitalize() if is_name else "".join(parts)
+            if is_held_out(value) == self.held_out and not self.used.intersection(parts):
+                self.used.update(parts)
+                return value
+
+
+def _tool(name: str, schema: dict[str, str]) -> dict[str, Any]:
+    parameters = {parameter: {"type": kind} for parameter, kind in schema.items()}
+    return {"name": name, "description": _action(name), "parameters": parameters}

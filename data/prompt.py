@@ -1,0 +1,153 @@
+"""From an Example to the tokens that a model continues, and to the text that it should have written.
+
+    Example --messages--> [{"role", "content"}] --encode--> token ids       the prompt
+    Example --target--> text, written by `reply`                            what supervised training imitates
+
+The first message is ours: a template (the text file `thinking.txt`, or the user's own) with the row's tools in place
+of `{tools}`, one JSON object a line. The structure is that of Tool-N1 (arXiv 2505.00024, section 3): think inside
+`<think>`, then give one JSON list of calls inside `<tool_call>`. Training, evaluation and distillation share it.
+
+The model's chat template gets nothing but roles (system, user, assistant, by turns) and plain text. All that concerns
+tools is written here, because chat templates differ: some drop `tool_calls` without a word, some write calls in a
+format other than the one asked for, some refuse a `tool` role or two user turns in a row. So
+
+- the calls of an earlier assistant turn become a reply in the thinking format, as if the model itself had written it.
+  What the assistant said beside its calls becomes the thought. Where it said nothing, the thought is one sentence that
+  names the tools: an empty block, in the context, would be an example of not thinking;
+- a tool's result becomes user text inside `<tool_response>`; turns of one side that follow each other become one;
+- a system turn of the row, wherever it stood, goes to the end of our system message.
+
+`json.dumps` keeps non-ASCII characters: escapes would cost tokens and hide words. In the calls alone, a format tag
+inside a string has its `<` written as `\\u003c`, which reads back as the same string and cannot end the block; inside
+thoughts, which are free text, such a tag gets square brackets.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from data.example import Example
+
+PLACEHOLDER = "{tools}"
+DEFAULT_TEMPLATE = Path(__file__).with_name("thinking.txt")
+_TAG = re.compile(r"<(/?(?:think|tool_call))>")
+
+
+def load_template(path: str | Path | None = None) -> str:
+    """The text of a system template file; None means the project's own, `thinking.txt`.
+
+    `{tools}` marks the place of the tools; every other brace is literal. Raises FileNotFoundError where there is no
+    such file and ValueError where it is no UTF-8 text or lacks the placeholder.
+    """
+    path = DEFAULT_TEMPLATE if path is None else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such template file: give the path of a text file that holds {PLACEHOLDER}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}): save the template as UTF-8") from error
+    return _checked(text, str(path))
+
+
+def messages(example: Example, template: str | None = None) -> list[dict[str, str]]:
+    """The prompt as chat messages with "role" and "content" only: one system message, then user and assistant by turns.
+
+    `template` is a template's text as `load_template` returns it; None means the project's own. Raises ValueError for
+    a template without `{tools}` and for a turn with a role other than system, user, assistant and tool.
+    """
+    chat = [{"role": "system", "content": _system_text(example, template)}]
+    for turn in example.messages:
+        if turn["role"] == "system":
+            continue
+        role, content = _as_text(turn, example.id)
+        if chat[-1]["role"] == role:
+            chat[-1]["content"] += "\n" + content
+        else:
+            chat.append({"role": role, "content": content})
+    return chat
+
+
+def encode(example: Example, tokenizer: Any, template: str | None = None) -> list[int]:
+    """The prompt's token ids [P], up to and including the header that opens the assistant's turn.
+
+    `tokenizer` is one of transformers, with a chat template. Raises ValueError where it has none, where its template
+    refuses the conversation, and as `messages` does.
+    """
+    if not tokenizer.chat_template:
+        name = tokenizer.name_or_path or "without a name"
+        raise ValueError(f"the tokenizer {name} has no chat template: take the tokenizer of an instruct model")
+    chat = messages(example, template)
+    try:
+        # return_dict: transformers 5 would return a BatchEncoding by default, transformers 4 a list.
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+    except (TemplateError, TypeError) as error:
+        roles, name = ", ".join(turn["role"] for turn in chat), tokenizer.name_or_path or "without a name"
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"the chat template of the tokenizer {name} refuses example {example.id}, roles {roles} ({reason}): model "
+            "whose template accepts them, or drop the row"
+        ) from error
+    return list(ids)
+
+
+def reply(calls: Sequence[dict[str, Any]], reasoning: str) -> str:
+    """A reply in the thinking format: the thought in a think block (empty where there is none), then one list of calls.
+
+    calls: {"name": str, "arguments": dict}; other keys are left out. The reward's parser reads the same calls back.
+    """
+    listed = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
+    listed_text = _TAG.sub(r"\\u003c\1>", json.dumps(listed, ensure_ascii=False))
+    thought = _TAG.sub(r"[\1]", reasoning.strip())
+    return f"<think>\n{thought}\n</think>\n<tool_call>\n{listed_text}\n</tool_call>"
+
+
+def target(example: Example) -> str:
+    """The text that supervised training imitates, without the end-of-turn token.
+
+    `extra["response"]` as it is where the row has one, else the right calls after `extra["reasoning"]`.
+    """
+    if "response" in example.extra:
+        return example.extra["response"]
+    return reply(example.answer, example.extra.get("reasoning", ""))
+
+
+@functools.cache
+def _default_template() -> str:
+    return load_template()
+
+
+def _checked(template: str, where: str) -> str:
+    if PLACEHOLDER not in template:
+        raise ValueError(f"{where}: no {PLACEHOLDER} in it: write {PLACEHOLDER} where the tools are to stand")
+    return template
+
+
+def _system_text(example: Example, template: str | None) -> str:
+    template = _default_template() if template is None else _checked(template, f"the template {template[:40]!r}")
+    lines = [json.dumps({"type": "function", "function": tool}, ensure_ascii=False) for tool in example.tools]
+    ours = template.replace(PLACEHOLDER, "\n".join(lines)).strip()
+    return "\n\n".join([ours, *(turn["content"] for turn in example.messages if turn["role"] == "system")])
+
+
+def _as_text(turn: dict[str, Any], example_id: str) -> tuple[str, str]:
+    """One turn as (role, text), the role being user or assistant."""
+    content = turn["content"]
+    match turn["role"]:
+        case "user":
+            return "user", content
+        case "tool":
+            return "user", f"<tool_response>\n{content}\n</tool_response>"
+        case "assistant":
+            calls = turn.get("calls")
+            return "assistant", reply(calls, content.strip() or _stand_in_thought(calls)) if calls else content
+        case other:
+            raise ValueError(f"example {example_id}: a turn of role {other!r}: use system, user, assistant or tool")
+
+
+def _stand_in_thought(calls: Sequence[dict[str, Any]]) -> str:
+    return f"Next I call {' and '.join(dict.fromkeys(call['name'] for call in calls))}."

@@ -1,0 +1,220 @@
+"""What a run is: one frozen dataclass a concern, presets that replace fields, and the command line over them.
+
+The defaults are the paper's (Tool-N1: section 4 and the released code). A preset is the first word of the command line if
+it names one; then come options, `--section.field value`. Fields are *identity* (they decide the result: resuming a run
+with another value is refused) or *operational* (`OPERATIONAL` below: where, how long and how it is cut and shown).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO_MODEL = ROOT / "models" / "demo"
+DEMO_TEMPLATE = ROOT / "data" / "demo_template.txt"
+
+
+@dataclass(frozen=True)
+class Run:
+    dir: str = "runs/grpo"
+    """The run's folder. Starting again with the same folder resumes the run from its newest checkpoint."""
+    steps: int | None = None
+    """Steps to train. One step samples, scores and learns from one batch of prompts. Left out: as many as `epochs` takes."""
+    epochs: float = 7.0
+    """Passes over the training rows, where `steps` is left out."""
+    seed: int = 0
+    """Decides the order of the data and every sampled token, and nothing else does."""
+    tensorboard: bool = True
+    """Also write the metrics as TensorBoard events, under `tensorboard/` in the run's folder."""
+
+
+@dataclass(frozen=True)
+class Model:
+    path: str = ""
+    """A Hugging Face folder or hub id of a Qwen2.5 or Llama 3 model with its tokenizer and chat template."""
+
+
+@dataclass(frozen=True)
+class Data:
+    path: str = ""
+    """Rows of tool calls: a JSONL/JSON/Parquet file, a folder of them, a hub id; or `demo`, the tasks the program makes itself."""
+    template: str | None = None
+    """A text file that replaces the built-in thinking template; `{tools}` in it stands for the tools, one a line."""
+    validation_path: str | None = None
+    """Rows to validate on. Left out: `validation_fraction` of the rows of `path`, by a seeded shuffle."""
+    validation_fraction: float = 0.1
+    """Share of the rows held out for validation."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    group_size: int = 5
+    """Responses sampled to each prompt, G. More makes advantages less noisy; the prompt is computed once whatever G is."""
+    prompts_per_step: int = 1024
+    """Prompts sampled a step, N."""
+    max_prompt_tokens: int = 4096
+    """Longer prompts are dropped before training, and counted; never cut."""
+    max_response_tokens: int = 8192
+    """A response that reaches this length is stopped, and marked truncated."""
+    temperature: float = 0.7
+    """Of sampling, and of the log-probs in the loss."""
+    top_p: float = 1.0
+    """Must be 1 in training: the log-probs of a cut distribution are not those of the policy."""
+    top_k: int = 0
+    """Must be 0 (off) in training, for the same reason."""
+    decode_steps_per_call: int = 32
+    """Tokens decoded between two looks at which responses have ended. Lower wastes fewer tokens, higher calls less often."""
+    rows: int = 512
+    """Responses decoded at once, at most; their caches must fit in memory beside the model."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    kind: str = "binary"
+    """binary, binary_no_reasoning, format, format_and_names, lexicographic; or your own function as `package.module:function`."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    normalize: Literal["std", "mean_only"] = "std"
+    """std divides a group's centred rewards by their standard deviation; mean_only leaves them (Dr. GRPO)."""
+    clip_low: float = 0.2
+    """The ratio to the sampling policy is clipped at 1 - clip_low ..."""
+    clip_high: float = 0.2
+    """... and 1 + clip_high. Larger than clip_low keeps entropy up (DAPO)."""
+    kl_coefficient: float = 1e-3
+    """Weight of the KL term against the initial policy. 0 needs no reference model: less memory, a faster step."""
+    kl_kind: Literal["k3", "k1", "k2"] = "k3"
+    """The estimator of the KL: k3 is the low-variance one of the paper."""
+    entropy_coefficient: float = 0.0
+    """Weight of an entropy bonus."""
+    skip_zero_variance: bool = False
+    """Leave out groups whose rewards are all equal. They teach nothing but the KL term; leaving them out saves their time."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    learning_rate: float = 1e-6
+    """The peak learning rate of AdamW."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """constant, or cosine down to 0 over the run."""
+    warmup: float = 0.0
+    """Share of the optimizer steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.01
+    """Decoupled, on every parameter."""
+    clip_norm: float = 1.0
+    """The gradient is scaled down to this global norm."""
+    b1: float = 0.9
+    """Decay of Adam's first moment."""
+    b2: float = 0.999
+    """Decay of Adam's second moment."""
+
+
+@dataclass(frozen=True)
+class Learner:
+    prompts_per_minibatch: int = 256
+    """Prompts an optimizer step learns from. Fewer than prompts_per_step gives several optimizer steps a batch."""
+    passes: int = 1
+    """Times each batch is learned from."""
+    tokens_per_microbatch: int = 30720
+    """Tokens a device computes at once, prompts counted once a group. Lower if memory runs out: the result stays the same."""
+    remat: bool = True
+    """Recompute each layer in the backward pass: a third more arithmetic for much less memory."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation; master weights are float32. auto: float32 on CPU, bfloat16 on accelerators."""
+    recompute_old_logp: bool = False
+    """Take the old log-probs from the learner's forward pass instead of the sampler's (one more forward pass a step)."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    data: int | None = None
+    """Devices that hold whole copies of the weights. Left out: what the other two leave."""
+    fsdp: int = 1
+    """Devices that share the weights and optimizer state and gather them layer by layer."""
+    tensor: int = 1
+    """Devices that split heads and feed-forward width."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: int = 10
+    """Steps between checkpoints; one is always written at the end."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    every: int = 10
+    """Steps between validations; there is always one before the first step and one after the last. 0: only those two."""
+    limit: int = 512
+    """Validation rows used, at most."""
+
+
+@dataclass(frozen=True)
+class Export:
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the Hugging Face folder `hf/` written at the end."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """GRPO on tool calls, by the Tool-N1 recipe."""
+
+    run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    rollout: Rollout = field(default_factory=Rollout)
+    reward: Reward = field(default_factory=Reward)
+    loss: Loss = field(default_factory=Loss)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    learner: Learner = field(default_factory=Learner)
+    mesh: Mesh = field(default_factory=Mesh)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    validation: Validation = field(default_factory=Validation)
+    export: Export = field(default_factory=Export)
+
+
+@dataclass(frozen=True)
+class Batch:
+    rows_per_step: int = 32
+    """Rows an optimizer step learns from."""
+    max_tokens: int = 2048
+    """Rows whose prompt and reply are longer together are dropped, and counted."""
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised fine-tuning: the same way of the data, with one given response to each prompt."""
+
+    run: Run = field(default_factory=lambda: Run(dir="runs/sft", epochs=3.0))
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    batch: Batch = field(default_factory=Batch)
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-5, schedule="cosine", warmup=0.1))
+    learner: Learner = field(default_factory=Learner)
+    mesh: Mesh = field(default_factory=Mesh)
+    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(every=100))
+    validation: Validation = field(default_factory=lambda: Validation(every=100))
+    export: Export = field(default_factory=Export)
+
+
+Config = TypeVar("Config", TrainConfig, SftConfig)
+
+OPERATIONAL = (
+    "run.dir", "run.steps", "run.epochs", "run.tensorboard", "rollout.decode_steps_per_call", "rollout.rows", "learner.tokens_per_microbatch",
+    "learner.remat", "mesh.", "checkpoint.", "validation.", "export.",
+)  # fmt: skip

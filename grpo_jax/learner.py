@@ -1,0 +1,135 @@
+"""From packs to new parameters: log-probs with the prompt shared, losses as sums, one optimizer step a mini-batch.
+
+    logprobs     pack -> log-probs and entropies of its response tokens; also serves the reference model
+    accumulate   one micro-batch added to the running `Sums` of gradient, loss and statistics; one dispatch
+    apply        the optimizer step, from sums divided by the mini-batch's token count; one dispatch
+
+Master parameters stay in their own dtype (float32); the forward pass runs in `Objective.dtype`. The mean runs over all
+response tokens of the mini-batch, so that its cutting into micro-batches changes nothing (a departure from the released
+Tool-N1 code, see grpo_jax.loss).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from grpo_jax import loss
+from grpo_jax.packing import Pack
+from models import attention, decoder
+from models.decoder import DecoderConfig, Params
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised, and how it is computed; static under jit."""
+
+    kind: str = "grpo"  # "grpo", or "cross_entropy" (SFT: -logp of the response)
+    temperature: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coefficient: float = 0.0
+    kl_kind: str = "k3"
+    entropy_coefficient: float = 0.0
+    dtype: str = "float32"  # of the forward and backward pass
+    remat: bool = True  # recompute each layer in the backward pass
+    head_chunk: int = 1024  # tokens whose logits exist at a time
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sums:
+    """Running sums over the response tokens of a mini-batch; divided once, by `count`."""
+
+    gradient: Params
+    count: Array
+    loss: Array
+    kl: Array
+    entropy: Array
+    clipped: Array
+    mismatch: Array  # |learner's - sampler's log-prob|; meaningful before the first optimizer step of a rollout
+    mismatch_max: Array  # the largest, not a sum
+
+
+def zeros(params: Params) -> Sums:
+    """The empty sums, gradients in at least float32, laid out like the parameters."""
+    like = lambda p: jnp.zeros_like(p, attention.wide(p.dtype))  # noqa: E731
+    dtype = attention.wide(jax.tree.leaves(params)[0].dtype)
+    return Sums(jax.tree.map(like, params), *(jnp.zeros((), dtype) for _ in range(7)))
+
+
+def cast(params: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda p: p.astype(dtype), params)
+
+
+def _logprobs(config: DecoderConfig, objective: Objective, params: Params, pack: Pack) -> tuple[Array, Array]:
+    params = cast(params, objective.dtype)
+    attend = lambda q, k, v, _: (attention.packed(q, k, v, pack.layout), None)  # noqa: E731
+    x, _ = decoder.hidden(config, params, pack.tokens, pack.positions, attend, remat=objective.remat)
+    wanted = jnp.take_along_axis(x, pack.source[..., None], axis=1)  # [B, M, D]
+    chunk = max(1, objective.head_chunk // pack.tokens.shape[0])
+    head = jax.vmap(lambda x, t: decoder.token_logprobs(params, x, t, temperature=objective.temperature, chunk=chunk))
+    return head(wanted, pack.target)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def logprobs(config: DecoderConfig, objective: Objective, params: Params, pack: Pack) -> Array:
+    """Log-probs [B, M] of the response tokens of a pack; the value at masked places has no meaning."""
+    return _logprobs(config, objective, params, pack)[0]
+
+
+def _losses(objective: Objective, pack: Pack, logp: Array, entropy: Array) -> tuple[Array, Array, Array]:
+    """Per-token (loss, kl, clipped), each [B, M]."""
+    nothing = jnp.zeros_like(logp)
+    if objective.kind == "cross_entropy":
+        return -logp, nothing, nothing
+    token_loss, clipped = loss.token_objective(logp, pack.old_logp, pack.advantage, clip_low=objective.clip_low, clip_high=objective.clip_high)
+    kl = nothing if pack.ref_logp is None else loss.kl_estimate(logp, pack.ref_logp, kind=objective.kl_kind)
+    return token_loss + objective.kl_coefficient * kl - objective.entropy_coefficient * entropy, kl, clipped
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def accumulate(config: DecoderConfig, objective: Objective, params: Params, sums: Sums, pack: Pack) -> Sums:
+    """The sums with one micro-batch added; `sums` is donated."""
+
+    def total(params):
+        logp, entropy = _logprobs(config, objective, params, pack)
+        token_loss, kl, clipped = _losses(objective, pack, logp, entropy)
+        gap = jnp.where(pack.mask, jnp.abs(logp - pack.sampler_logp), 0)
+        add = lambda x: loss.aggregate(x, pack.mask)[0]  # noqa: E731
+        return add(token_loss), (pack.mask.sum(), add(kl), add(entropy), add(clipped), gap.sum(), gap.max())
+
+    (value, (count, kl, entropy, clipped, gap, gap_max)), gradient = jax.value_and_grad(total, has_aux=True)(params)
+    return Sums(
+        jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums.gradient, gradient),
+        sums.count + count,
+        sums.loss + value,
+        sums.kl + kl,
+        sums.entropy + entropy,
+        sums.clipped + clipped,
+        sums.mismatch + gap,
+        jnp.maximum(sums.mismatch_max, gap_max),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2, 3))
+def apply(optimizer: optax.GradientTransformation, params: Params, state: optax.OptState, sums: Sums) -> tuple[Params, optax.OptState, dict[str, Array]]:
+    """One optimizer step; parameters, state and sums are donated. The metrics are scalars of the mini-batch."""
+    count = jnp.maximum(sums.count, 1)
+    gradient = jax.tree.map(lambda g: g / count.astype(g.dtype), sums.gradient)
+    updates, state = optimizer.update(gradient, state, params)
+    metrics = {
+        "loss": sums.loss / count,
+        "kl/mean": sums.kl / count,
+        "entropy/mean": sums.entropy / count,
+        "clip_fraction": sums.clipped / count,
+        "rollout/logp_mismatch": sums.mismatch / count,
+        "rollout/logp_mismatch_max": sums.mismatch_max,
+        "grad_norm": optax.global_norm(gradient),
+    }
+    return optax.apply_updates(params, updates), state, metrics

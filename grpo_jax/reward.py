@@ -1,0 +1,300 @@
+"""Rewards: from the text of a response to a number, in plain Python on the host.
+
+    text -> _has_think, _last_block -> _decode -> parse_calls -> judge -> Scored(value, reason, parts)
+    resolve("binary" | ... | "package.module:function") -> (responses of one group, example) -> one Scored a response
+
+The rules are those of Tool-N1 (arXiv 2505.00024, section 4.3, Table 4 and the released reward code). Nothing here
+raises on any text, and the work is linear in its length (sorting an object's keys adds a logarithm).
+
+Which text is read:
+- A tool-call block is what `<tool_call>(.*?)</tool_call>` finds (dot matches all, non-overlapping, left to right), and
+  the last one counts, wherever it stands. So a block runs from the *first* opening tag after the previous block to the
+  next closing tag: an opening tag in between is part of its content (hence bad JSON), one that is never closed opens
+  no block, and a closing tag inside a JSON string ends the block.
+- A think block is a `<think>` with a `</think>` anywhere after it (the released code takes the tags in any order).
+
+What is a list of calls:
+- JSON without Python's extras: `NaN` and `Infinity` are not JSON. Of a repeated key the last one wins. Lone surrogates
+  are ordinary characters. Whitespace around the content, Unicode's too, is dropped.
+- One object is a list of one. A string that holds JSON is decoded once more, and only once.
+- Every item is an object with a `name` that is a string and `arguments` that is an object, not a text that holds one
+  (the released code keeps such an item, as a call that can never match). Other keys are dropped.
+- Too large counts as not JSON: an integer of over 4300 digits (`MAX_DIGITS`), a number that overflows a float
+  (`1e999`), nesting deeper than 500 (`MAX_DEPTH`: Python's own limit depends on how deep the caller stands, and a
+  verdict must not). So all numbers that come out are finite, and callers may walk the values recursively.
+- Calls match as a multiset of (name, arguments as JSON with sorted keys): `1`, `1.0` and `true` differ.
+
+What each kind pays is `_value`. Why a response got it is the first of `REASONS` that holds; only `binary_no_reasoning`
+forgives a missing think block (right calls without one pay 1.0 under `lexicographic` and still say `no_format`).
+"""
+
+import difflib
+import importlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data.example import Example
+
+KINDS = ("binary", "binary_no_reasoning", "format", "format_and_names", "lexicographic")
+
+REASONS = (
+    "no_format",  # no think block or no tool_call block
+    "bad_json",  # the block is not a list of calls
+    "correct",  # the calls match
+    "wrong_count",  # more or fewer calls than in the answer
+    "wrong_name",  # as many calls, other functions
+    "wrong_arguments",  # the same functions, other arguments
+)
+CUSTOM = "custom"  # the reason of a bare number that a user's own reward returned
+
+MAX_DIGITS = 4300  # int() is quadratic; Python's own limit has this default, but can be switched off
+MAX_DEPTH = 500
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response, as a reward sees it."""
+
+    text: str  # the decoded response
+    token_count: int  # sampled tokens, the end-of-turn token included
+    truncated: bool  # cut at the length limit: no end-of-turn token was sampled
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A reward and where it comes from."""
+
+    value: float  # what the advantage is computed from
+    reason: str  # one of REASONS; a user's own reward may use others
+    parts: dict[str, float]  # findings by name; those of `judge`: think, tool_call, parsed, names, match, each 0 or 1
+
+
+Reward = Callable[[Sequence[Response], "Example"], list[Scored]]
+
+
+def parse_calls(response: str) -> list[dict] | None:
+    """The calls in the last tool-call block of a response, by the rules of the module's docstring.
+
+    Returns a list (empty for `[]`) of {"name": str, "arguments": dict}, or None where there is no block or its content
+    is not a list of calls. Never raises.
+    """
+    block = _last_block(_plain(response))
+    return None if block is None else _calls(block)
+
+
+def judge(response: str, answer: Sequence[dict], kind: str = "binary") -> Scored:
+    """Scores one response against the right calls.
+
+    answer: {"name", "arguments"} objects, trusted; empty where the right reply is `[]`, a block that calls nothing.
+    kind: one of KINDS; any other is a ValueError. Never raises on any text.
+    """
+    if kind not in KINDS:
+        raise ValueError(_unknown(kind))
+    text = _plain(response)
+    think, block = _has_think(text), _last_block(text)
+    calls = None if block is None else _calls(block)
+    parsed = calls is not None
+    names = parsed and Counter(call["name"] for call in calls) == Counter(call["name"] for call in answer)
+    match = names and _multiset(calls) == _multiset(answer)
+
+    if block is None or not (think or kind == "binary_no_reasoning"):
+        reason = "no_format"
+    elif not parsed:
+        reason = "bad_json"
+    elif match:
+        reason = "correct"
+    elif len(calls) != len(answer):
+        reason = "wrong_count"
+    else:
+        reason = "wrong_arguments" if names else "wrong_name"
+
+    found = {"think": think, "tool_call": block is not None, "parsed": parsed, "names": names, "match": match}
+    parts = {name: float(holds) for name, holds in found.items()}
+    return Scored(_value(kind, think, parsed, names, match), reason, parts)
+
+
+def score(response: str, answer: Sequence[dict], kind: str = "binary") -> float:
+    """The value of `judge`."""
+    return judge(response, answer, kind).value
+
+
+def resolve(kind: str) -> Reward:
+    """The reward that a name stands for, as a function of one group.
+
+    kind: one of KINDS, or the path `package.module:function` of a user's own reward, which is called once a group as
+    function(responses, example) and returns a number or a `Scored` for each response, in order.
+    Raises ValueError, in one line, for an unknown name and for a path that leads to no function. The function returned
+    raises ValueError, naming the user's, where that gives a wrong count, or something that is not a finite number;
+    what the user's own code raises passes through.
+    """
+    if kind in KINDS:
+        return lambda responses, example: [judge(response.text, example.answer, kind) for response in responses]
+    module_name, _, name = kind.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), name]):
+        raise ValueError(_unknown(kind))
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"reward {kind!r}: cannot import the module {module_name!r}: {message}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"reward {kind!r}: the module {module_name!r} has no function {name!r}")
+
+    def reward(responses: Sequence[Response], example: "Example") -> list[Scored]:
+        return _checked(kind, function(responses, example), len(responses))
+
+    return reward
+
+
+def _value(kind: str, think: bool, parsed: bool, names: bool, matched: bool) -> float:
+    """What each kind pays (Table 4; `lexicographic` is in the released code only). All arguments but kind: findings."""
+    match kind:
+        case "binary":
+            return float(think and matched)
+        case "binary_no_reasoning":
+            return float(matched)
+        case "format":
+            return 0.2 * think + 0.8 * matched
+        case "format_and_names":
+            return 0.2 * think + (0.8 if matched else 0.2 * names)
+    if matched:  # lexicographic
+        return 1.2 if think else 1.0
+    return -0.2 if think and parsed else 0.0
+
+
+def _plain(text: str) -> str:
+    """The text as exactly a str: a subclass may override, and break, any method used here."""
+    return str.__str__(text)
+
+
+def _has_think(text: str) -> bool:
+    """Whether `<think>.*?</think>` is found, in linear time."""
+    start = text.find("<think>")
+    return start >= 0 and text.find("</think>", start + len("<think>")) >= 0
+
+
+def _last_block(text: str) -> str | None:
+    """The last match of `<tool_call>(.*?)</tool_call>`, in linear time: an opening tag without a closing one after it
+    ends the search, since none of the later opening tags has one either."""
+    opening, closing = "<tool_call>", "</tool_call>"
+    last, position = None, 0
+    while (start := text.find(opening, position)) >= 0:
+        start += len(opening)
+        end = text.find(closing, start)
+        if end < 0:
+            break
+        last, position = (start, end), end + len(closing)
+    return None if last is None else text[slice(*last)]
+
+
+def _calls(block: str) -> list[dict] | None:
+    value = _decode(block.strip())
+    if isinstance(value, str):
+        value = _decode(value)
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list) or not all(map(_is_call, value)):
+        return None
+    return [{"name": call["name"], "arguments": call["arguments"]} for call in value]
+
+
+def _is_call(item: Any) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("name"), str) and isinstance(item.get("arguments"), dict)
+
+
+def _decode(text: str) -> Any:
+    """The value of a JSON text, or None where it is none (or is `null`, which is no list of calls either)."""
+    try:
+        value = json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=_constant)
+    except (ValueError, RecursionError):
+        return None
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        containers = [node for node in level if isinstance(node, (dict, list))]
+        if not containers:
+            return value
+        level = [child for node in containers for child in (node.values() if isinstance(node, dict) else node)]
+    return None
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS + digits.startswith("-"):
+        raise ValueError(f"an integer of over {MAX_DIGITS} digits")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError("a number that overflows a float")
+    return value
+
+
+def _constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _multiset(calls: Sequence[dict]) -> Counter:
+    return Counter((call["name"], _canonical(call["arguments"])) for call in calls)
+
+
+def _canonical(value: Any) -> str:
+    """A text that two JSON values share if and only if they are equal with their keys in any order.
+
+    Built with a stack of its own, since json.dumps recurses. Integers are written in hexadecimal: str() of a long one
+    is quadratic and refuses over 4300 digits; as text rather than as int, because the hash of a text is seeded and a
+    response made of integers that collide would make the multiset quadratic.
+    """
+    written: list[str] = []
+    stack: list[tuple[bool, Any]] = [(False, value)]  # (whether it is text ready to be written, the text or a value)
+    while stack:
+        ready, item = stack.pop()
+        if ready:
+            written.append(item)
+        elif isinstance(item, dict):
+            written.append("{")
+            stack.append((True, "}"))
+            for key in sorted(item, reverse=True):
+                stack += [(False, item[key]), (True, json.dumps(key) + ":")]
+        elif isinstance(item, (list, tuple)):
+            written.append("[")
+            stack.append((True, "]"))
+            stack += [(False, child) for child in reversed(item)]
+        elif isinstance(item, int) and not isinstance(item, bool):
+            written.append(hex(item) + ",")
+        else:
+            written.append(json.dumps(item) + ",")
+    return "".join(written)
+
+
+def _checked(kind: str, results: Any, count: int) -> list[Scored]:
+    """What a user's reward returned for a group of `count` responses, as Scored, or a ValueError that names it."""
+    if not isinstance(results, Iterable):
+        raise ValueError(f"reward {kind!r} returned {results!r:.80}; return a list, one value for each response")
+    results = list(results)
+    if len(results) != count:
+        raise ValueError(f"reward {kind!r} returned {len(results)} values for {count} responses; return one for each")
+    scored = []
+    for index, result in enumerate(results):
+        own = result if isinstance(result, Scored) else Scored(result, CUSTOM, {})
+        try:
+            value = math.nan if isinstance(own.value, (str, bytes)) else float(own.value)
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"reward {kind!r} returned {result!r:.80} for response {index}; return finite numbers")
+        scored.append(replace(own, value=value))
+    return scored
+
+
+def _unknown(kind: str) -> str:
+    nearest = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
+    return (
+        f"unknown reward {kind!r}: did you mean {nearest!r}? "
+        f"Known: {', '.join(KINDS)}, or package.module:function for your own"
+    )

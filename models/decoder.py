@@ -1,0 +1,394 @@
+"""One decoder for Qwen2.5 and Llama 3: RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
+
+The modules (`Decoder`, `Block`, ...) only declare: shapes, initialisers and logical axes, in Flax NNX. They are split
+once into a graph, cached for a frozen `DecoderConfig`, and a plain nested dict of arrays, the *parameters*. From there on
+everything is a pure function of (config, params, arrays):
+
+    init            parameters from a key
+    hidden          tokens -> hidden states, the layers under one `lax.scan`; the caller says how tokens attend
+    logits          a plain padded batch -> [B, T, V]; for tests, evaluation of texts, and as the reference
+    prefill         prompts -> their cache and last hidden state
+    decode_step     one token of every response row, each reading its group's one prompt cache
+
+A computation runs in the dtype of the parameters it is given; norms, rotation, scores and logits in at least float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from models import attention
+from models.attention import PromptCache, ResponseCache, RowSlots, wide
+
+# Logical axis names are read by grpo_jax.mesh; without this, flax wants a mesh at construction.
+nnx.use_eager_sharding(False)
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of the slow rotary frequencies (`rope_type: llama3`)."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Everything that fixes the network. Field names follow the axis letters; `from_hf` reads a config.json."""
+
+    architecture: str  # "qwen2" or "llama"
+    vocab: int  # V
+    d_model: int  # D
+    d_ff: int  # F
+    layers: int  # L
+    heads: int  # H
+    kv_heads: int  # K
+    head_dim: int  # C
+    rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tied: bool = True  # the head is the embedding
+    max_positions: int = 32768
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.architecture == "qwen2"
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any], source: str = "config.json") -> DecoderConfig:
+        """Reads a Hugging Face config.json, of transformers 4.5x (`rope_theta`) or 5.x (`rope_parameters`).
+
+        Raises ValueError, naming `source` and the field, for an architecture or a variation this decoder does not have.
+        """
+        names = {"Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
+        declared = (raw.get("architectures") or [None])[0]
+        architecture = names.get(declared) or (raw.get("model_type") if declared is None else None)
+        if architecture not in names.values():
+            raise ValueError(f"{source}: architecture {declared or raw.get('model_type')!r} is not supported; known are {', '.join(names)}")
+        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        unsupported = {
+            "hidden_act": raw.get("hidden_act", "silu") != "silu",
+            "use_sliding_window": bool(raw.get("use_sliding_window")),
+            "rope_type": kind not in ("default", "llama3"),
+            "attention_bias": architecture == "llama" and bool(raw.get("attention_bias")),
+            "mlp_bias": bool(raw.get("mlp_bias")),
+        }
+        for field, bad in unsupported.items():
+            if bad:
+                raise ValueError(f"{source}: {field} = {kind if field == 'rope_type' else raw[field]!r} is not supported for {declared or architecture}")
+        scaling = None
+        if kind == "llama3":
+            scaling = RopeScaling(
+                float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), int(rope["original_max_position_embeddings"])
+            )
+        try:
+            heads, d_model = int(raw["num_attention_heads"]), int(raw["hidden_size"])
+            eos = raw.get("eos_token_id")
+            return cls(
+                architecture=architecture,
+                vocab=int(raw["vocab_size"]),
+                d_model=d_model,
+                d_ff=int(raw["intermediate_size"]),
+                layers=int(raw["num_hidden_layers"]),
+                heads=heads,
+                kv_heads=int(raw.get("num_key_value_heads") or heads),
+                head_dim=int(raw.get("head_dim") or d_model // heads),
+                rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
+                rope_scaling=scaling,
+                norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+                tied=bool(raw.get("tie_word_embeddings", False)),
+                max_positions=int(raw.get("max_position_embeddings", 32768)),
+                bos_token_id=raw.get("bos_token_id"),
+                eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),),
+            )
+        except KeyError as missing:
+            raise ValueError(f"{source}: field {missing} is missing") from None
+
+    def to_hf(self, dtype: str) -> dict[str, Any]:
+        """The config.json of this network, in the spelling that transformers 4.5x, 5.x and vLLM all read."""
+        rope: dict[str, Any] = {}
+        if self.rope_scaling is not None:
+            s = self.rope_scaling
+            rope["rope_scaling"] = {
+                "rope_type": "llama3",
+                "factor": s.factor,
+                "low_freq_factor": s.low_freq_factor,
+                "high_freq_factor": s.high_freq_factor,
+                "original_max_position_embeddings": s.original_max_positions,
+            }
+        eos = list(self.eos_token_ids)
+        return {
+            "architectures": [{"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[self.architecture]],
+            "model_type": self.architecture,
+            "vocab_size": self.vocab,
+            "hidden_size": self.d_model,
+            "intermediate_size": self.d_ff,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rope_theta": self.rope_theta,
+            **rope,
+            "rms_norm_eps": self.norm_eps,
+            "tie_word_embeddings": self.tied,
+            "max_position_embeddings": self.max_positions,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "torch_dtype": dtype,
+        }
+
+
+def _qwen(vocab: int, d_model: int, d_ff: int, layers: int, heads: int, kv_heads: int, tied: bool) -> DecoderConfig:
+    return DecoderConfig(
+        "qwen2", vocab, d_model, d_ff, layers, heads, kv_heads, d_model // heads, tied=tied, bos_token_id=151643, eos_token_ids=(151645, 151643)
+    )
+
+
+_LLAMA3 = DecoderConfig(
+    "llama", 128256, 4096, 14336, 32, 32, 8, 128, rope_theta=5e5, norm_eps=1e-5, tied=False, max_positions=8192, bos_token_id=128000, eos_token_ids=(128009, 128001)
+)
+SIZES: dict[str, DecoderConfig] = {
+    "qwen2.5-0.5b": _qwen(151936, 896, 4864, 24, 14, 2, True),
+    "qwen2.5-1.5b": _qwen(151936, 1536, 8960, 28, 12, 2, True),
+    "qwen2.5-3b": _qwen(151936, 2048, 11008, 36, 16, 2, True),
+    "qwen2.5-7b": _qwen(152064, 3584, 18944, 28, 28, 4, False),
+    "qwen2.5-14b": _qwen(152064, 5120, 13824, 48, 40, 8, False),
+    "llama-3-8b": _LLAMA3,
+    "llama-3.1-8b": DecoderConfig(**{**vars(_LLAMA3), "rope_scaling": RopeScaling(), "max_positions": 131072, "eos_token_ids": (128001, 128008, 128009)}),
+}
+
+
+# ---------------------------------------------------------------- the modules: shapes, initialisers, logical axes
+
+
+def _param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Callable = nnx.initializers.normal(0.02)) -> nnx.Param:
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), sharding_names=axes)
+
+
+class Norm(nnx.Module):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.eps = config.norm_eps
+        self.scale = _param(rngs, (config.d_model,), ("embed",), nnx.initializers.ones)
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(wide(x.dtype))
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        return self.scale[...] * y.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        d, h, k, c = config.d_model, config.heads, config.kv_heads, config.head_dim
+        self.q = _param(rngs, (d, h, c), ("embed", "heads", "head_dim"))
+        self.k = _param(rngs, (d, k, c), ("embed", "kv_heads", "head_dim"))
+        self.v = _param(rngs, (d, k, c), ("embed", "kv_heads", "head_dim"))
+        self.o = _param(rngs, (h, c, d), ("heads", "head_dim", "embed"))
+        if config.qkv_bias:
+            zeros = nnx.initializers.zeros
+            self.q_bias = _param(rngs, (h, c), ("heads", "head_dim"), zeros)
+            self.k_bias = _param(rngs, (k, c), ("kv_heads", "head_dim"), zeros)
+            self.v_bias = _param(rngs, (k, c), ("kv_heads", "head_dim"), zeros)
+        self.qkv_bias = config.qkv_bias
+
+    def __call__(self, x: Array, rotation: tuple[Array, Array], attend: Callable) -> tuple[Array, Any]:
+        q = jnp.einsum("...d,dhc->...hc", x, self.q[...])
+        k = jnp.einsum("...d,dkc->...kc", x, self.k[...])
+        v = jnp.einsum("...d,dkc->...kc", x, self.v[...])
+        if self.qkv_bias:
+            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+        o, out = attend(_rotate(q, rotation), _rotate(k, rotation), v)
+        return jnp.einsum("...hc,hcd->...d", o, self.o[...]), out
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.gate = _param(rngs, (config.d_model, config.d_ff), ("embed", "ff"))
+        self.up = _param(rngs, (config.d_model, config.d_ff), ("embed", "ff"))
+        self.down = _param(rngs, (config.d_ff, config.d_model), ("ff", "embed"))
+
+    def __call__(self, x: Array) -> Array:
+        return (jax.nn.silu(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...]
+
+
+class Block(nnx.Module):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.attention_norm = Norm(config, rngs)
+        self.attention = Attention(config, rngs)
+        self.ff_norm = Norm(config, rngs)
+        self.ff = FeedForward(config, rngs)
+
+    def __call__(self, x: Array, rotation: tuple[Array, Array], attend: Callable) -> tuple[Array, Any]:
+        with jax.named_scope("attention"):
+            y, out = self.attention(self.attention_norm(x), rotation, attend)
+        with jax.named_scope("ff"):
+            x = x + y
+            return x + self.ff(self.ff_norm(x)), out
+
+
+class Decoder(nnx.Module):
+    """`layers` is one Block whose parameters carry a leading axis L."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs)
+
+        self.embed = _param(rngs, (config.vocab, config.d_model), ("vocab", "embed"))
+        self.layers = stack(rngs)
+        self.norm = Norm(config, rngs)
+        if not config.tied:
+            self.head = _param(rngs, (config.vocab, config.d_model), ("vocab", "embed"))
+
+
+@functools.cache
+def _graph(config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+
+
+def shapes(config: DecoderConfig) -> Params:
+    """The parameters as `jax.ShapeDtypeStruct`s (float32): what an import must fill."""
+    return nnx.to_pure_dict(_graph(config)[1])
+
+
+def logical_axes(config: DecoderConfig) -> Params:
+    """The parameters' tree with a tuple of logical axis names for each array; read by grpo_jax.mesh."""
+    return nnx.to_pure_dict(jax.tree.map(lambda p: p.get_metadata()["out_sharding"], _graph(config)[1], is_leaf=lambda x: isinstance(x, nnx.Variable)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init(config: DecoderConfig, key: Array) -> Params:
+    """Random float32 parameters: normal(0.02) kernels, zero biases, unit norms."""
+    return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(key))))
+
+
+# ---------------------------------------------------------------- pure functions
+
+
+def _rotation(config: DecoderConfig, positions: Array) -> tuple[Array, Array]:
+    """cos and sin, [..., T, 1, C/2], of rotary embedding (with llama3 scaling where the config has it)."""
+    c = config.head_dim
+    dtype = wide(jnp.float64 if jax.config.jax_enable_x64 else jnp.float32)
+    frequency = config.rope_theta ** -(jnp.arange(0, c, 2, dtype=dtype) / c)
+    if (s := config.rope_scaling) is not None:
+        turns = s.original_max_positions * frequency / (2 * jnp.pi)  # full turns within the original context
+        smooth = jnp.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
+        frequency = frequency * (smooth + (1 - smooth) / s.factor)
+    angle = positions[..., None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
+    cos, sin = rotation
+    a, b = jnp.split(x.astype(wide(x.dtype)), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def hidden(
+    config: DecoderConfig, params: Params, tokens: Array, positions: Array, attend: Callable, caches: Any = None, *, remat: bool = False
+) -> tuple[Array, Any]:
+    """Runs the layers. tokens, positions [...] int32 -> (hidden states [..., D] after the last norm, per-layer outputs).
+
+    `attend(q [..., H, C], k [..., K, C], v [..., K, C], cache) -> (o [..., H, C], out)`; `caches` has a leading axis L and
+    is handed over layer by layer, the `out`s come back stacked. `remat` recomputes a layer in the backward pass.
+    """
+    graph, _ = _graph(config)
+    model = nnx.merge(graph, params)
+    block_graph, blocks = nnx.split(model.layers)
+    rotation = _rotation(config, positions)
+
+    def layer(x, scanned):
+        weights, cache = scanned
+        return nnx.merge(block_graph, weights)(x, rotation, lambda q, k, v: attend(q, k, v, cache))
+
+    body = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False) if remat else layer
+    x, outs = jax.lax.scan(body, model.embed[...][tokens], (blocks, caches))
+    return model.norm(x), outs
+
+
+def head(params: Params) -> Array:
+    """The output matrix [V, D]: its own, or the embedding."""
+    return params.get("head", params["embed"])
+
+
+def unembed(params: Params, x: Array) -> Array:
+    """Logits [..., V] of hidden states [..., D], in at least float32."""
+    return jnp.einsum("...d,vd->...v", x, head(params), preferred_element_type=wide(x.dtype))
+
+
+def logits(config: DecoderConfig, params: Params, tokens: Array, lengths: Array) -> Array:
+    """Logits of right-padded sequences: tokens [B, T], lengths [B] -> [B, T, V], at least float32; 0 at padding."""
+    t = tokens.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(t), tokens.shape)
+    x, _ = hidden(config, params, tokens, positions, lambda q, k, v, _: (attention.causal(q, k, v), None))
+    return jnp.where((positions < lengths[:, None])[..., None], unembed(params, x), 0)
+
+
+def prefill(config: DecoderConfig, params: Params, tokens: Array, lengths: Array) -> tuple[PromptCache, Array]:
+    """Prompts [N, P], right padded, lengths [N] -> (their cache, the hidden state [N, D] of each prompt's last token)."""
+
+    def attend(q, k, v, _):
+        return attention.causal(q, k, v), (jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3))
+
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    x, (k, v) = hidden(config, params, tokens, positions, attend)
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return PromptCache(k, v, lengths), last
+
+
+def decode_step(
+    config: DecoderConfig, params: Params, tokens: Array, group: Array, prompts: PromptCache, responses: ResponseCache, slots: RowSlots
+) -> tuple[Array, ResponseCache]:
+    """One token of every row: tokens [B] int32, group [B] (which prompt) -> (hidden [B, D], the longer response cache)."""
+
+    def attend(q, k, v, cache):
+        (pk, pv), (rk, rv) = cache
+        o = attention.decode(q, k, v, (pk, pv, prompts.length), (rk, rv, responses.length), slots)
+        return o, (k, v)
+
+    positions = prompts.length[group] + responses.length
+    x, (k, v) = hidden(config, params, tokens, positions, attend, ((prompts.k, prompts.v), (responses.k, responses.v)))
+    # Written once for all layers, after the scan: inside it every layer's cache would be copied to the stacked output.
+    row = jnp.arange(tokens.shape[0])
+    at = lambda cache, new: cache.at[:, row, :, responses.length].set(jnp.moveaxis(new, 0, 1), mode="drop")  # noqa: E731
+    return x, ResponseCache(at(responses.k, k), at(responses.v, v), responses.length + 1)
+
+
+def token_logprobs(params: Params, x: Array, targets: Array, *, temperature: float = 1.0, chunk: int = 1024) -> tuple[Array, Array]:
+    """Log-probs and entropies of logits / temperature: x [M, D], targets [M] -> (logp [M], entropy [M]), nats.
+
+    The head runs over `chunk` tokens at a time and again in the backward pass, so that no [M, V] array ever exists.
+    """
+    m = x.shape[0]
+    chunk = min(chunk, m)
+    padding = -m % chunk
+    x = jnp.pad(x, ((0, padding), (0, 0))).reshape(-1, chunk, x.shape[-1])
+    targets = jnp.pad(targets, (0, padding)).reshape(-1, chunk)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def some(x, targets):
+        scores = unembed(params, x) / temperature
+        log_z = jax.nn.logsumexp(scores, -1)
+        picked = jnp.take_along_axis(scores, targets[:, None], -1)[:, 0]
+        return picked - log_z, log_z - (jnp.exp(scores - log_z[:, None]) * scores).sum(-1)
+
+    logp, entropy = jax.lax.map(lambda xs: some(*xs), (x, targets))
+    return logp.reshape(-1)[:m], entropy.reshape(-1)[:m]

@@ -1,0 +1,370 @@
+"""Models in and out of Hugging Face folders: config.json, safetensors, tokenizer.
+
+    load_config, load   a folder or hub id -> DecoderConfig, parameters
+    save                the way back: a folder that transformers 4.5x and 5.x and vLLM read as it is
+    load_tokenizer, end_tokens
+
+One table, `_TABLE`, says for each of our parameters which tensor holds it there and how its axes lie; both directions
+read it. Tensors are memory-mapped and read by slices, one stacked parameter at a time and of it only what this process'
+devices hold, so that the host never has the whole model. Every name and shape is checked before the first byte is read.
+
+Departures from transformers: what is missing, superfluous or misshapen is an error, never a warning and a random tensor;
+the end tokens of generation_config.json join those of config.json, because Qwen2.5 and Llama 3 name some only there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from models.decoder import DecoderConfig, Params, shapes
+
+# Our parameter -> (tensor, our axes, its axes). A letter is an axis; "hc" is H and C merged into one. "{}": the layer.
+_TABLE = {
+    "embed": ("model.embed_tokens.weight", "vd", "v d"),
+    "layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", "d", "d"),
+    "layers/attention/q": ("model.layers.{}.self_attn.q_proj.weight", "dhc", "hc d"),
+    "layers/attention/k": ("model.layers.{}.self_attn.k_proj.weight", "dkc", "kc d"),
+    "layers/attention/v": ("model.layers.{}.self_attn.v_proj.weight", "dkc", "kc d"),
+    "layers/attention/q_bias": ("model.layers.{}.self_attn.q_proj.bias", "hc", "hc"),
+    "layers/attention/k_bias": ("model.layers.{}.self_attn.k_proj.bias", "kc", "kc"),
+    "layers/attention/v_bias": ("model.layers.{}.self_attn.v_proj.bias", "kc", "kc"),
+    "layers/attention/o": ("model.layers.{}.self_attn.o_proj.weight", "hcd", "d hc"),
+    "layers/ff_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", "d", "d"),
+    "layers/ff/gate": ("model.layers.{}.mlp.gate_proj.weight", "df", "f d"),
+    "layers/ff/up": ("model.layers.{}.mlp.up_proj.weight", "df", "f d"),
+    "layers/ff/down": ("model.layers.{}.mlp.down_proj.weight", "fd", "d f"),
+    "norm/scale": ("model.norm.weight", "d", "d"),
+    "head": ("lm_head.weight", "vd", "v d"),
+}
+_DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16")}
+_TEXTS = ("*.json", "*.jinja", "*.txt")
+_WRITTEN = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|model\.safetensors\.index)\.json"
+    r"|model(-\d{5}-of-\d{5})?\.safetensors|merges\.txt|chat_template\.jinja|tokenizer\.model"
+)
+_METADATA = {"format": "pt", "writer": "models.hf"}  # transformers wants the first; `save` knows its own files by the second
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One of our parameters and the tensors that hold it."""
+
+    names: tuple[str, ...]  # one tensor a layer, or a single one
+    shape: tuple[int, ...]  # ours, of one layer
+    stacked: bool
+    ours: str
+    theirs: tuple[str, ...]
+
+    @property
+    def their_shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(self.shape[self.ours.index(a)] for a in axes) for axes in self.theirs)
+
+    def export(self, x: np.ndarray) -> np.ndarray:
+        """Our array of one layer, as they store it."""
+        return np.ascontiguousarray(x.transpose([self.ours.index(a) for a in "".join(self.theirs)]).reshape(self.their_shape))
+
+    def read(self, tensor: Any, ranges: tuple[slice, ...]) -> np.ndarray:
+        """The part of our array of one layer that `ranges` cut out, from their tensor (anything that can be sliced)."""
+        lengths = dict(zip(self.ours, self.shape, strict=True))
+        wanted = dict(zip(self.ours, ranges, strict=True))
+        cut = []
+        for outer, *inner in self.theirs:  # only the first letter of merged axes is cut in the file, the others here
+            width = math.prod(lengths[a] for a in inner)
+            cut.append(slice(wanted[outer].start * width, wanted[outer].stop * width))
+            lengths[outer], wanted[outer] = wanted[outer].stop - wanted[outer].start, slice(None)
+        order = "".join(self.theirs)
+        x = tensor[tuple(cut)].reshape([lengths[a] for a in order]).transpose([order.index(a) for a in self.ours])
+        return x[tuple(wanted[a] for a in self.ours)]
+
+
+def _entries(config: DecoderConfig) -> list[_Entry]:
+    """In the order of the leaves of the parameters' tree."""
+    out = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(shapes(config))[0]:
+        name, ours, theirs = _TABLE[jax.tree_util.keystr(path, simple=True, separator="/")]
+        stacked = "{}" in name
+        names = tuple(name.format(i) for i in range(config.layers)) if stacked else (name,)
+        out.append(_Entry(names, leaf.shape[stacked:], stacked, ours, tuple(theirs.split())))
+    return out
+
+
+# ---------------------------------------------------------------- in
+
+
+def load_config(path: str | Path) -> DecoderConfig:
+    """The network of a folder or hub id, without its weights. Errors as in `load`."""
+    folder = _folder(path, _TEXTS)
+    config = DecoderConfig.from_hf(_json(folder / "config.json"), str(folder / "config.json"))
+    return replace(config, eos_token_ids=_unique([*config.eos_token_ids, *_generation_eos(folder)]))
+
+
+def load(path: str | Path, *, shardings: Any = None, dtype: Any = None) -> tuple[DecoderConfig, Params]:
+    """Reads a model from a local folder or a hub id "org/name".
+
+    `shardings` is a tree of `jax.sharding.Sharding` like the parameters' (a single one, or None for the default device,
+    stands for all); a process reads only the slices that its own devices hold. `dtype`: float32, bfloat16 or float16;
+    None keeps the stored one (the widest, if tensors differ: a computation wants all of one).
+
+    Raises FileNotFoundError or ValueError, in one line that names file and tensor, for whatever does not fit.
+    """
+    folder = _folder(path, (*_TEXTS, "*.safetensors"))
+    config = load_config(folder)
+    entries = _entries(config)
+    with contextlib.ExitStack() as stack:
+        tensors = _open(folder, stack)
+        _check(folder, config, entries, tensors)
+        stored = {_DTYPES[tensors[name][1].get_dtype()] for entry in entries for name in entry.names}
+        dtype = reduce(jnp.promote_types, sorted(stored, key=str)) if dtype is None else _float(dtype)
+        is_none = lambda x: x is None  # noqa: E731
+        places = jax.tree.leaves(jax.tree.broadcast(shardings, shapes(config), is_leaf=is_none), is_leaf=is_none)
+        leaves = [_place(entry, [tensors[name][1] for name in entry.names], dtype, place) for entry, place in zip(entries, places, strict=True)]
+    return config, jax.tree.unflatten(jax.tree.structure(shapes(config)), leaves)
+
+
+def _place(entry: _Entry, tensors: list[Any], dtype: np.dtype, sharding: Sharding | None) -> jax.Array:
+    shape = (len(tensors), *entry.shape) if entry.stacked else entry.shape
+    done: dict[tuple, np.ndarray] = {}  # devices that hold copies of one slice share one read of it
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        ranges = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
+        key = tuple((s.start, s.stop) for s in ranges)
+        if key not in done:
+            layers, cut = (ranges[0], ranges[1:]) if entry.stacked else (slice(0, 1), ranges)
+            out = np.empty((layers.stop - layers.start, *(s.stop - s.start for s in cut)), dtype)
+            for i, tensor in enumerate(tensors[layers]):
+                out[i] = entry.read(tensor, cut)
+            done[key] = out if entry.stacked else out[0]
+        return done[key]
+
+    if sharding is None:
+        return jnp.asarray(read((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, tuple[Path, Any]]:
+    """Every tensor of the folder: name -> (file, slice to read from). The files stay mapped as long as `stack`."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        where = _json(index).get("weight_map")
+        if not isinstance(where, dict):
+            raise ValueError(f"{index}: no weight_map of tensor to file; download or export the model again")
+        files = [folder / str(name) for name in sorted(set(where.values()))]
+        for file in files:
+            if not file.exists():
+                raise FileNotFoundError(f"{index}: names {file.name}, which is not there; download or export the model again")
+    else:
+        files = [folder / "model.safetensors"]
+        if not files[0].exists():
+            raise FileNotFoundError(f"{folder}: neither model.safetensors nor {index.name}; weights are read from safetensors only")
+    tensors = {}
+    for file in files:
+        try:
+            opened = stack.enter_context(safe_open(file, "np"))
+            tensors |= {name: (file, opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: truncated or not safetensors ({_line(error)}); download or export it again") from error
+    return tensors
+
+
+def _check(folder: Path, config: DecoderConfig, entries: list[_Entry], tensors: dict[str, tuple[Path, Any]]) -> None:
+    expected = {name: entry.their_shape for entry in entries for name in entry.names}
+    if missing := expected.keys() - tensors.keys():
+        raise ValueError(f"{folder}: tensors that config.json implies are missing: {_some(missing)}")
+    tied_head = {"lm_head.weight"} if config.tied else set()
+    unexpected = {name for name in tensors.keys() - expected.keys() - tied_head if not name.endswith("rotary_emb.inv_freq")}
+    if unexpected:
+        raise ValueError(f"{folder}: tensors that config.json does not imply: {_some(unexpected)}")
+    for name, shape in expected.items():
+        file, tensor = tensors[name]
+        if tuple(tensor.get_shape()) != shape:
+            raise ValueError(f"{file}: {name} has shape {tuple(tensor.get_shape())}; config.json implies {shape}")
+        if tensor.get_dtype() not in _DTYPES:
+            raise ValueError(f"{file}: {name} is stored as {tensor.get_dtype()}; readable are {', '.join(_DTYPES)}")
+    if tied_head & tensors.keys():  # some exporters write the tied head too: harmless if it is the embedding
+        (file, head), (_, embed) = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
+        v, step = config.vocab, 8192
+        same = head.get_shape() == embed.get_shape() and all(np.array_equal(head[i : i + step], embed[i : i + step]) for i in range(0, v, step))
+        if not same:
+            raise ValueError(f"{file}: lm_head.weight is not the embedding, but config.json says tie_word_embeddings; set that to false")
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a folder or hub id, as transformers reads it. ValueError or FileNotFoundError in one line."""
+    from transformers import AutoTokenizer
+
+    folder = _folder(path, _TEXTS)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise FileNotFoundError(f"{folder}: no tokenizer.json; copy the tokenizer of the model into the folder")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise a dozen kinds, bare Exception among them
+        raise ValueError(f"{folder}: the tokenizer cannot be read ({_line(error)})") from error
+
+
+def end_tokens(path: str | Path, config: DecoderConfig, tokenizer: Any) -> tuple[int, ...]:
+    """The token ids that end a response: those of config.json, generation_config.json and the tokenizer together."""
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return _unique([*config.eos_token_ids, *_generation_eos(_folder(path, _TEXTS)), *own])
+
+
+# ---------------------------------------------------------------- out
+
+
+def save(path: str | Path, config: DecoderConfig, params: Params, tokenizer: Any = None, *, dtype: Any = None, shard_bytes: float = 5e9) -> None:
+    """Writes a folder that transformers and vLLM load: config, generation config, safetensors, tokenizer.
+
+    `params` are numpy arrays or jax arrays that this process can read whole; `dtype` None keeps that of the embedding.
+    The folder is written beside `path` and renamed at the end: a half-written export never looks whole. An existing
+    folder is replaced only if it is empty or was written by this function, else ValueError.
+    """
+    target = Path(path).expanduser().resolve()
+    _refuse_foreign(target)
+    dtype = _float(params["embed"].dtype if dtype is None else dtype)
+    tensors = list(_tensors(config, params))
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write_json(partial / "config.json", config.to_hf(dtype.name))
+        _write_json(partial / "generation_config.json", {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids) or None})
+        _write_weights(partial, tensors, dtype, shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(partial))
+        old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _tensors(config: DecoderConfig, params: Params) -> Iterator[tuple[str, _Entry, Any, int | None]]:
+    """(name, entry, our array, layer) of every tensor, layer by layer. Checks the tree and every shape first."""
+    want = {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(shapes(config))}
+    have = {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    if wrong := {k for k in want.keys() | have.keys() if want.get(k) != have.get(k)}:
+        worst = min(wrong)
+        raise ValueError(f"params{worst} has shape {have.get(worst)}; the config implies {want.get(worst)}")
+    pairs = list(zip(_entries(config), jax.tree.leaves(params), strict=True))
+    yield from ((entry.names[0], entry, x, None) for entry, x in pairs if not entry.stacked)
+    yield from ((entry.names[i], entry, x, i) for i in range(config.layers) for entry, x in pairs if entry.stacked)
+
+
+def _write_weights(folder: Path, tensors: list[tuple[str, _Entry, Any, int | None]], dtype: np.dtype, shard_bytes: float) -> None:
+    sizes = [math.prod(entry.their_shape) * dtype.itemsize for _, entry, _, _ in tensors]
+    shards, filled = [[]], 0
+    for tensor, size in zip(tensors, sizes, strict=True):
+        if shards[-1] and filled + size > shard_bytes:
+            shards, filled = [*shards, []], 0
+        shards[-1].append(tensor)
+        filled += size
+    where = {}
+    for i, shard in enumerate(shards, 1):
+        file = folder / ("model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors")
+        save_file({name: entry.export(np.asarray(x if layer is None else x[layer]).astype(dtype)) for name, entry, x, layer in shard}, file, _METADATA)
+        file.chmod((folder / "config.json").stat().st_mode)  # safetensors makes files that only their owner can read
+        where |= {name: file.name for name, *_ in shard}
+    if len(shards) > 1:
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes)}, "weight_map": where})
+
+
+def _refuse_foreign(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{target}: is a file; an export needs a folder")
+    entries = sorted(target.iterdir())
+    foreign = [x.name for x in entries if not _WRITTEN.fullmatch(x.name)]
+    if foreign:
+        raise ValueError(f"{target}: holds {_some(foreign)}, which an export would delete; choose another folder")
+    weights = [x for x in entries if x.suffix == ".safetensors"]
+    if entries and not (weights and all(_is_ours(x) for x in weights)):
+        raise ValueError(f"{target}: holds a model that was not exported from here, which an export would delete; choose another folder")
+
+
+def _is_ours(file: Path) -> bool:
+    with contextlib.suppress(SafetensorError, OSError), safe_open(file, "np") as opened:
+        return (opened.metadata() or {}).get("writer") == _METADATA["writer"]
+    return False
+
+
+# ---------------------------------------------------------------- small things
+
+
+def _folder(path: str | Path, patterns: tuple[str, ...]) -> Path:
+    """A local folder, or the local copy of a hub id with the files that match `patterns`."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)):
+        raise FileNotFoundError(f"{path}: no such folder, and not a hub id (org/name)")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(path), allow_patterns=list(patterns)))
+    except Exception as error:  # of the hub, of httpx, of the file system: all mean the same here
+        raise FileNotFoundError(f"{path}: no such folder here, and the hub does not give it ({_line(error)})") from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file; a model's folder needs it") from None
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{file}: not JSON ({_line(error)})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _generation_eos(folder: Path) -> list[int]:
+    file = folder / "generation_config.json"
+    eos = _json(file).get("eos_token_id") if file.exists() else None
+    return [] if eos is None else eos if isinstance(eos, list) else [eos]
+
+
+def _unique(ids: Iterable[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(map(int, ids)))
+
+
+def _float(dtype: Any) -> np.dtype:
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError:
+        known = None
+    if known not in _DTYPES.values():
+        raise ValueError(f"dtype {dtype} is not supported for weights; use {', '.join(d.name for d in _DTYPES.values())}")
+    return known
+
+
+def _some(names: Iterable[str], most: int = 4) -> str:
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
