@@ -1,1 +1,1 @@
-"""Rows to prompts: `example` (what a task is), `jsonl` (files to tasks), `prompt` (tasks to tokens). Never imports jax."""
+"""Rows to prompts: `example` (a task), `jsonl` (files to tasks), `prompt` (tasks to tokens). No jax in here."""

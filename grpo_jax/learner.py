@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from grpo_jax import loss
+from grpo_jax import config, loss
 from grpo_jax.packing import Pack
 from models import attention, decoder
 from models.decoder import DecoderConfig, Params
@@ -67,10 +67,10 @@ def cast(params: Params, dtype: str) -> Params:
     return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
-def _logprobs(config: DecoderConfig, objective: Objective, params: Params, pack: Pack) -> tuple[Array, Array]:
+def _logprobs(model: DecoderConfig, objective: Objective, params: Params, pack: Pack) -> tuple[Array, Array]:
     params = cast(params, objective.dtype)
     attend = lambda q, k, v, _: (attention.packed(q, k, v, pack.layout), None)  # noqa: E731
-    x, _ = decoder.hidden(config, params, pack.tokens, pack.positions, attend, remat=objective.remat)
+    x, _ = decoder.hidden(model, params, pack.tokens, pack.positions, attend, remat=objective.remat)
     wanted = jnp.take_along_axis(x, pack.source[..., None], axis=1)  # [B, M, D]
     chunk = max(1, objective.head_chunk // pack.tokens.shape[0])
     head = jax.vmap(lambda x, t: decoder.token_logprobs(params, x, t, temperature=objective.temperature, chunk=chunk))
@@ -78,9 +78,9 @@ def _logprobs(config: DecoderConfig, objective: Objective, params: Params, pack:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def logprobs(config: DecoderConfig, objective: Objective, params: Params, pack: Pack) -> Array:
+def logprobs(model: DecoderConfig, objective: Objective, params: Params, pack: Pack) -> Array:
     """Log-probs [B, M] of the response tokens of a pack; the value at masked places has no meaning."""
-    return _logprobs(config, objective, params, pack)[0]
+    return _logprobs(model, objective, params, pack)[0]
 
 
 def _losses(objective: Objective, pack: Pack, logp: Array, entropy: Array) -> tuple[Array, Array, Array]:
@@ -94,11 +94,11 @@ def _losses(objective: Objective, pack: Pack, logp: Array, entropy: Array) -> tu
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def accumulate(config: DecoderConfig, objective: Objective, params: Params, sums: Sums, pack: Pack) -> Sums:
+def accumulate(model: DecoderConfig, objective: Objective, params: Params, sums: Sums, pack: Pack) -> Sums:
     """The sums with one micro-batch added; `sums` is donated."""
 
     def total(params):
-        logp, entropy = _logprobs(config, objective, params, pack)
+        logp, entropy = _logprobs(model, objective, params, pack)
         token_loss, kl, clipped = _losses(objective, pack, logp, entropy)
         gap = jnp.where(pack.mask, jnp.abs(logp - pack.sampler_logp), 0)
         add = lambda x: loss.aggregate(x, pack.mask)[0]  # noqa: E731
@@ -133,3 +133,14 @@ def apply(optimizer: optax.GradientTransformation, params: Params, state: optax.
         "grad_norm": optax.global_norm(gradient),
     }
     return optax.apply_updates(params, updates), state, metrics
+
+
+def make_optimizer(settings: config.Optimizer, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW behind clipping by global norm, and its learning rate by optimizer step, for a run of `steps` of them."""
+    warmup = round(settings.warmup * steps)
+    rate = settings.learning_rate
+    schedule = optax.constant_schedule(rate) if settings.schedule == "constant" else optax.cosine_decay_schedule(rate, max(1, steps - warmup))
+    if warmup:
+        schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), schedule], [warmup])
+    adamw = optax.adamw(schedule, b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw), schedule

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -91,12 +92,12 @@ class DecoderConfig:
         for field, bad in unsupported.items():
             if bad:
                 raise ValueError(f"{source}: {field} = {kind if field == 'rope_type' else raw[field]!r} is not supported for {declared or architecture}")
-        scaling = None
-        if kind == "llama3":
-            scaling = RopeScaling(
-                float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), int(rope["original_max_position_embeddings"])
-            )
         try:
+            scaling = None
+            if kind == "llama3":
+                scaling = RopeScaling(
+                    float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), int(rope["original_max_position_embeddings"])
+                )
             heads, d_model = int(raw["num_attention_heads"]), int(raw["hidden_size"])
             eos = raw.get("eos_token_id")
             return cls(
@@ -180,7 +181,7 @@ SIZES: dict[str, DecoderConfig] = {
 
 
 def _param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Callable = nnx.initializers.normal(0.02)) -> nnx.Param:
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), sharding_names=axes)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes)
 
 
 class Norm(nnx.Module):
@@ -285,14 +286,15 @@ def init(config: DecoderConfig, key: Array) -> Params:
 
 def _rotation(config: DecoderConfig, positions: Array) -> tuple[Array, Array]:
     """cos and sin, [..., T, 1, C/2], of rotary embedding (with llama3 scaling where the config has it)."""
-    c = config.head_dim
-    dtype = wide(jnp.float64 if jax.config.jax_enable_x64 else jnp.float32)
-    frequency = config.rope_theta ** -(jnp.arange(0, c, 2, dtype=dtype) / c)
+    # On the host in float64 and rounded once: an error of a frequency is multiplied by the position, and devices differ
+    # in their powers.
+    frequency = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
     if (s := config.rope_scaling) is not None:
-        turns = s.original_max_positions * frequency / (2 * jnp.pi)  # full turns within the original context
-        smooth = jnp.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
+        turns = s.original_max_positions * frequency / (2 * np.pi)  # full turns within the original context
+        smooth = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
         frequency = frequency * (smooth + (1 - smooth) / s.factor)
-    angle = positions[..., None, None] * frequency
+    dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+    angle = positions[..., None, None] * jnp.asarray(frequency, dtype)
     return jnp.cos(angle), jnp.sin(angle)
 
 

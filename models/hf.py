@@ -59,7 +59,10 @@ _WRITTEN = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|model\.safetensors\.index)\.json"
     r"|model(-\d{5}-of-\d{5})?\.safetensors|merges\.txt|chat_template\.jinja|tokenizer\.model"
 )
-_METADATA = {"format": "pt", "writer": "models.hf"}  # transformers wants the first; `save` knows its own files by the second
+_METADATA = {
+    "format": "pt",
+    "writer": "models.hf",
+}  # transformers wants the first; `save` knows its own files by the second
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ class _Entry:
 
     def export(self, x: np.ndarray) -> np.ndarray:
         """Our array of one layer, as they store it."""
-        return np.ascontiguousarray(x.transpose([self.ours.index(a) for a in "".join(self.theirs)]).reshape(self.their_shape))
+        return np.ascontiguousarray(
+            x.transpose([self.ours.index(a) for a in "".join(self.theirs)]).reshape(self.their_shape)
+        )
 
     def read(self, tensor: Any, ranges: tuple[slice, ...]) -> np.ndarray:
         """The part of our array of one layer that `ranges` cut out, from their tensor (anything that can be sliced)."""
@@ -134,7 +139,10 @@ def load(path: str | Path, *, shardings: Any = None, dtype: Any = None) -> tuple
         dtype = reduce(jnp.promote_types, sorted(stored, key=str)) if dtype is None else _float(dtype)
         is_none = lambda x: x is None  # noqa: E731
         places = jax.tree.leaves(jax.tree.broadcast(shardings, shapes(config), is_leaf=is_none), is_leaf=is_none)
-        leaves = [_place(entry, [tensors[name][1] for name in entry.names], dtype, place) for entry, place in zip(entries, places, strict=True)]
+        leaves = [
+            _place(entry, [tensors[name][1] for name in entry.names], dtype, place)
+            for entry, place in zip(entries, places, strict=True)
+        ]
     return config, jax.tree.unflatten(jax.tree.structure(shapes(config)), leaves)
 
 
@@ -168,18 +176,24 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, tuple[Path, An
         files = [folder / str(name) for name in sorted(set(where.values()))]
         for file in files:
             if not file.exists():
-                raise FileNotFoundError(f"{index}: names {file.name}, which is not there; download or export the model again")
+                raise FileNotFoundError(
+                    f"{index}: names {file.name}, which is not there; download or export the model again"
+                )
     else:
         files = [folder / "model.safetensors"]
         if not files[0].exists():
-            raise FileNotFoundError(f"{folder}: neither model.safetensors nor {index.name}; weights are read from safetensors only")
+            raise FileNotFoundError(
+                f"{folder}: neither model.safetensors nor {index.name}; weights are read from safetensors only"
+            )
     tensors = {}
     for file in files:
         try:
             opened = stack.enter_context(safe_open(file, "np"))
             tensors |= {name: (file, opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: truncated or not safetensors ({_line(error)}); download or export it again") from error
+            raise ValueError(
+                f"{file}: truncated or not safetensors ({_line(error)}); download or export it again"
+            ) from error
     return tensors
 
 
@@ -188,7 +202,9 @@ def _check(folder: Path, config: DecoderConfig, entries: list[_Entry], tensors: 
     if missing := expected.keys() - tensors.keys():
         raise ValueError(f"{folder}: tensors that config.json implies are missing: {_some(missing)}")
     tied_head = {"lm_head.weight"} if config.tied else set()
-    unexpected = {name for name in tensors.keys() - expected.keys() - tied_head if not name.endswith("rotary_emb.inv_freq")}
+    unexpected = {
+        name for name in tensors.keys() - expected.keys() - tied_head if not name.endswith("rotary_emb.inv_freq")
+    }
     if unexpected:
         raise ValueError(f"{folder}: tensors that config.json does not imply: {_some(unexpected)}")
     for name, shape in expected.items():
@@ -199,10 +215,12 @@ def _check(folder: Path, config: DecoderConfig, entries: list[_Entry], tensors: 
             raise ValueError(f"{file}: {name} is stored as {tensor.get_dtype()}; readable are {', '.join(_DTYPES)}")
     if tied_head & tensors.keys():  # some exporters write the tied head too: harmless if it is the embedding
         (file, head), (_, embed) = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
-        v, step = config.vocab, 8192
-        same = head.get_shape() == embed.get_shape() and all(np.array_equal(head[i : i + step], embed[i : i + step]) for i in range(0, v, step))
+        pieces = [slice(i, min(i + 8192, config.vocab)) for i in range(0, config.vocab, 8192)]
+        same = head.get_shape() == embed.get_shape() and all(np.array_equal(head[x], embed[x]) for x in pieces)
         if not same:
-            raise ValueError(f"{file}: lm_head.weight is not the embedding, but config.json says tie_word_embeddings; set that to false")
+            raise ValueError(
+                f"{file}: lm_head.weight is not the embedding, but config.json says tie_word_embeddings; set that to false"
+            )
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -227,7 +245,15 @@ def end_tokens(path: str | Path, config: DecoderConfig, tokenizer: Any) -> tuple
 # ---------------------------------------------------------------- out
 
 
-def save(path: str | Path, config: DecoderConfig, params: Params, tokenizer: Any = None, *, dtype: Any = None, shard_bytes: float = 5e9) -> None:
+def save(
+    path: str | Path,
+    config: DecoderConfig,
+    params: Params,
+    tokenizer: Any = None,
+    *,
+    dtype: Any = None,
+    shard_bytes: float = 5e9,
+) -> None:
     """Writes a folder that transformers and vLLM load: config, generation config, safetensors, tokenizer.
 
     `params` are numpy arrays or jax arrays that this process can read whole; `dtype` None keeps that of the embedding.
@@ -243,7 +269,10 @@ def save(path: str | Path, config: DecoderConfig, params: Params, tokenizer: Any
     partial.mkdir(parents=True)
     try:
         _write_json(partial / "config.json", config.to_hf(dtype.name))
-        _write_json(partial / "generation_config.json", {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids) or None})
+        _write_json(
+            partial / "generation_config.json",
+            {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids) or None},
+        )
         _write_weights(partial, tensors, dtype, shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
@@ -268,7 +297,9 @@ def _tensors(config: DecoderConfig, params: Params) -> Iterator[tuple[str, _Entr
     yield from ((entry.names[i], entry, x, i) for i in range(config.layers) for entry, x in pairs if entry.stacked)
 
 
-def _write_weights(folder: Path, tensors: list[tuple[str, _Entry, Any, int | None]], dtype: np.dtype, shard_bytes: float) -> None:
+def _write_weights(
+    folder: Path, tensors: list[tuple[str, _Entry, Any, int | None]], dtype: np.dtype, shard_bytes: float
+) -> None:
     sizes = [math.prod(entry.their_shape) * dtype.itemsize for _, entry, _, _ in tensors]
     shards, filled = [[]], 0
     for tensor, size in zip(tensors, sizes, strict=True):
@@ -279,11 +310,20 @@ def _write_weights(folder: Path, tensors: list[tuple[str, _Entry, Any, int | Non
     where = {}
     for i, shard in enumerate(shards, 1):
         file = folder / ("model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors")
-        save_file({name: entry.export(np.asarray(x if layer is None else x[layer]).astype(dtype)) for name, entry, x, layer in shard}, file, _METADATA)
+        save_file(
+            {
+                name: entry.export(np.asarray(x if layer is None else x[layer]).astype(dtype))
+                for name, entry, x, layer in shard
+            },
+            file,
+            _METADATA,
+        )
         file.chmod((folder / "config.json").stat().st_mode)  # safetensors makes files that only their owner can read
         where |= {name: file.name for name, *_ in shard}
     if len(shards) > 1:
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes)}, "weight_map": where})
+        _write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
+        )
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -297,7 +337,9 @@ def _refuse_foreign(target: Path) -> None:
         raise ValueError(f"{target}: holds {_some(foreign)}, which an export would delete; choose another folder")
     weights = [x for x in entries if x.suffix == ".safetensors"]
     if entries and not (weights and all(_is_ours(x) for x in weights)):
-        raise ValueError(f"{target}: holds a model that was not exported from here, which an export would delete; choose another folder")
+        raise ValueError(
+            f"{target}: holds a model that was not exported from here, which an export would delete; choose another folder"
+        )
 
 
 def _is_ours(file: Path) -> bool:
@@ -321,7 +363,9 @@ def _folder(path: str | Path, patterns: tuple[str, ...]) -> Path:
 
         return Path(snapshot_download(str(path), allow_patterns=list(patterns)))
     except Exception as error:  # of the hub, of httpx, of the file system: all mean the same here
-        raise FileNotFoundError(f"{path}: no such folder here, and the hub does not give it ({_line(error)})") from error
+        raise FileNotFoundError(
+            f"{path}: no such folder here, and the hub does not give it ({_line(error)})"
+        ) from error
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -356,7 +400,9 @@ def _float(dtype: Any) -> np.dtype:
     except TypeError:
         known = None
     if known not in _DTYPES.values():
-        raise ValueError(f"dtype {dtype} is not supported for weights; use {', '.join(d.name for d in _DTYPES.values())}")
+        raise ValueError(
+            f"dtype {dtype} is not supported for weights; use {', '.join(d.name for d in _DTYPES.values())}"
+        )
     return known
 
 

@@ -64,7 +64,7 @@ def test_tool_without_description_and_parameters_gets_empty_ones_and_keeps_other
 @pytest.mark.parametrize(
     "calls",
     [
-        {"tool_calls": [{"type": "function", "id": "1", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]},
+        {"tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]},
         {"tool_calls": [{"type": "function", "function": CALL}]},
         {"tool_calls": [CALL]},
         {"calls": [CALL], "tool_calls": None},
@@ -104,7 +104,7 @@ BAD_ROWS = [
     ({**ROW, "messages": [{"role": "user", "content": None}]}, jsonl.MESSAGES_DO_NOT_PARSE),
     ({**ROW, "messages": [USER, {"role": "assistant", "content": "Hm."}]}, jsonl.MESSAGES_DO_NOT_PARSE),
     ({**ROW, "messages": [{"role": "system", "content": "alone"}]}, jsonl.MESSAGES_DO_NOT_PARSE),
-    ({**ROW, "messages": [{"role": "gpt", "content": "", "calls": [{"name": "f"}]}, USER]}, jsonl.MESSAGES_DO_NOT_PARSE),
+    ({**ROW, "messages": [{"role": "gpt", "calls": [{"name": "weather"}]}, USER]}, jsonl.MESSAGES_DO_NOT_PARSE),
     ({"query": "Oslo?", "answers": [CALL]}, jsonl.TOOLS_DO_NOT_PARSE),
     ({**ROW, "tools": "[{"}, jsonl.TOOLS_DO_NOT_PARSE),
     ({**ROW, "tools": DEEP}, jsonl.TOOLS_DO_NOT_PARSE),
@@ -287,7 +287,7 @@ def test_hub_id_goes_through_datasets(tmp_path, monkeypatch):
         raise ConnectionError("no network\nand a second line")
 
     monkeypatch.setattr(datasets, "load_dataset", fails)
-    with pytest.raises(FileNotFoundError, match=r"^org/name: no such .*nor on the hub \(no network\): give a file [^\n]*$"):
+    with pytest.raises(FileNotFoundError, match=r"^org/name: no such .*, nor on the hub \(no network\): give [^\n]*$"):
         load("org/name")
 
 

@@ -1,0 +1,54 @@
+"""Where arrays lie: the mesh of devices, and one table from the model's logical axes to it.
+
+Three axes: `data` (whole copies of the weights), `fsdp` (weights and optimizer state split, gathered layer by layer) and
+`tensor` (heads, feed-forward width and vocabulary split). Rows of packs and of rollouts are split over data and fsdp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from grpo_jax import config
+from models import decoder
+from models.decoder import DecoderConfig
+
+ROW_AXES = ("data", "fsdp")
+# Logical axes that are not here (layers, head_dim) are never split. A dimension is left whole where it does not divide:
+# two key/value heads on four tensor devices are replicated.
+_RULES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ff": "tensor"}
+
+
+def make(sizes: config.Mesh) -> Mesh:
+    """The mesh over all devices. Raises ValueError where the sizes do not multiply to their number."""
+    devices = jax.device_count()
+    given = sizes.fsdp * sizes.tensor
+    data = sizes.data if sizes.data is not None else devices // given
+    if data * given != devices:
+        raise ValueError(
+            f"--mesh.data {data} x --mesh.fsdp {sizes.fsdp} x --mesh.tensor {sizes.tensor} = {data * given}, but there are {devices} devices; make the product fit"
+        )
+    return jax.make_mesh((data, sizes.fsdp, sizes.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def shardings(mesh: Mesh, model: DecoderConfig) -> Any:
+    """A NamedSharding for every parameter."""
+
+    def one(axes: tuple[str, ...], leaf: Any) -> NamedSharding:
+        names = [_RULES.get(axis) for axis in axes]
+        spec = [name if name and size % mesh.shape[name] == 0 else None for name, size in zip(names, leaf.shape, strict=True)]
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(one, decoder.logical_axes(model), decoder.shapes(model), is_leaf=lambda x: isinstance(x, tuple))
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """Of the leading axis B of a pack."""
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+def shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a pack are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]

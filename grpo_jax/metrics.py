@@ -1,0 +1,245 @@
+"""The numbers of a run: counted from its groups, kept in its folder, drawn as curves.
+
+    summarize    groups and their scores -> the metrics that describe a batch
+    Log          metrics.jsonl and rollouts.jsonl in a run's folder, growing row by row, and TensorBoard's events
+    read         the rows of such a file
+    curves       metrics.jsonl -> curves.png, the six curves of the paper (Tool-N1, Figures 6 and 7)
+
+metrics.jsonl is the source of truth; console, TensorBoard and curves show what it holds. The row of step s (from 1)
+describes step s; a validation before the first step is a row of step 0. A run that starts again from the checkpoint of
+step s keeps the rows up to s, byte for byte, and writes those after it anew; so row s must be logged before the saving
+of checkpoint s begins. A process killed while it writes leaves a line without an end, and only at the end of the file.
+
+Sums are exactly rounded (`math.fsum`), so that no metric depends on the order of the groups.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from grpo_jax.group import Group
+from grpo_jax.reward import REASONS, Scored
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from tensorboardX import SummaryWriter
+
+Number = float | int | None
+
+PANELS = (
+    ("kl/mean", "KL to the initial policy"),
+    ("response_tokens/mean", "response length, mean (tokens)"),
+    ("response_tokens/min", "response length, minimum (tokens)"),
+    ("val/accuracy", "validation accuracy (%)"),
+    ("reward/mean", "reward, mean"),
+    ("entropy/mean", "entropy (nats a token)"),
+)
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"  # Okabe and Ito: told apart by colour-blind eyes
+
+
+def summarize(groups: Sequence[Group], scored: Sequence[Sequence[Scored]]) -> dict[str, float | int]:
+    """The metrics of N groups and the scores of their responses; {} for no groups.
+
+    Means, standard deviation (of the population) and shares run over all responses; `groups/zero_variance` is the share
+    of groups whose rewards are all equal, which teach nothing. `reason/<code>` is there for every code of REASONS, and
+    for a code of a user's own where it occurs.
+    """
+    if not groups:
+        return {}
+    rewards = [[score.value for score in row] for row in scored]
+    values = [value for row in rewards for value in row]
+    lengths = [len(response) for group in groups for response in group.responses]
+    if list(map(len, rewards)) != [len(group.responses) for group in groups]:
+        raise ValueError(f"{len(values)} scores do not fit {len(groups)} groups of {len(lengths)} responses")
+    mean = math.fsum(values) / len(values)
+    reasons = Counter(score.reason for row in scored for score in row)
+    codes = [*REASONS, *sorted(reasons.keys() - set(REASONS))]
+    return {
+        "reward/mean": mean,
+        "reward/std": math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values)),
+        "groups/zero_variance": sum(max(row) == min(row) for row in rewards) / len(rewards),
+        "response_tokens/mean": sum(lengths) / len(lengths),
+        "response_tokens/min": min(lengths),
+        "response_tokens/max": max(lengths),
+        "response_tokens/truncated_share": sum(sum(group.truncated) for group in groups) / len(lengths),
+        **{f"reason/{code}": reasons[code] / len(values) for code in codes},
+    }
+
+
+class Log:
+    """The files of a run's folder that grow by rows. One process writes them; readers may look at any time."""
+
+    def __init__(self, metrics: BinaryIO, rollouts: BinaryIO, board: SummaryWriter | None):
+        self._metrics = metrics
+        self._rollouts = rollouts
+        self._board = board
+
+    @classmethod
+    def open(cls, run_dir: str | Path, resume_step: int, tensorboard: bool) -> Log:
+        """Opens the files of `run_dir`, which is made if missing.
+
+        resume_step: the step of the checkpoint the run goes on from; later rows are dropped. 0 where there is none: all
+        rows are, that of step 0 too. Raises ValueError for a file that is damaged elsewhere than at its end.
+        """
+        folder = Path(run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / "metrics.jsonl", folder / "rollouts.jsonl"]
+        for path in paths:
+            _keep(path, resume_step)
+        board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # costs a second, and not every run wants it
+
+            board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
+        return cls(*(path.open("ab") for path in paths), board)
+
+    def step(self, metrics: Mapping[str, Number]) -> None:
+        """Writes the row of one step; it survives the process. "step" is an int; numbers not finite become null."""
+        row = _plain(metrics)
+        _append(self._metrics, [row])
+        if self._board:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(name, value, row["step"])
+            self._board.flush()
+
+    def rollouts(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes one row a group, each with its "step". Texts may hold anything, lone surrogates too."""
+        _append(self._rollouts, [_plain(row) for row in rows])
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._rollouts.close()
+        if self._board:
+            self._board.close()
+
+
+def read(path: str | Path) -> list[dict]:
+    """The rows of a file that `Log` writes, without a last line that was cut off; [] where there is no file.
+
+    Raises ValueError for a line that is not a row of a step.
+    """
+    return [row for _, row in _rows(Path(path))]
+
+
+def _rows(path: Path) -> Iterator[tuple[bytes, dict]]:
+    """(line as it stands, its row) for each whole row of the file."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield line, row
+            elif line.endswith(b"\n"):
+                start = line[:40].decode(errors="replace").strip()
+                raise ValueError(f"{path}, line {number}: not a row of a step: {start!r}; delete the line")
+
+
+def _keep(path: Path, last: int) -> None:
+    """Cuts the file to its rows up to step `last`, to none if that is 0; at any moment it is the old or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        for line, row in _rows(path) if last else ():
+            if row["step"] <= last:
+                file.write(line.rstrip(b"\n") + b"\n")  # a kill can part a line from its end
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _append(file: BinaryIO, rows: Sequence[dict]) -> None:
+    for row in rows:
+        if not isinstance(row.get("step"), int):
+            raise ValueError(f'a row for {file.name} needs a whole number under "step"; it has {row.get("step")!r}')
+    file.write(b"".join(json.dumps(row, allow_nan=False).encode("ascii") + b"\n" for row in rows))
+    file.flush()
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's types: arrays' scalars as numbers, numbers that are not finite as None."""
+    match value:
+        case None | bool() | str():
+            return value
+        case int() | np.integer():
+            return int(value)
+        case Mapping():
+            return {key: _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case _:
+            number = float(value)
+            return number if math.isfinite(number) else None
+
+
+def curves(run_dir: str | Path) -> Path:
+    """Draws curves.png in the run's folder from its metrics.jsonl, however few rows that has; returns its path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, once, at the end of a run
+    from matplotlib.figure import Figure
+
+    folder = Path(run_dir)
+    rows = read(folder / "metrics.jsonl")
+    figure = Figure(figsize=(12, 6.2), dpi=150, layout="constrained")  # not pyplot's: no global state
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    last = max((row["step"] for row in rows), default=0)
+    for axes, (metric, title) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+        _panel(axes, points, validation=metric == "val/accuracy")
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#222222")
+        axes.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
+    for axes in figure.axes[3:]:
+        axes.set_xlabel("step", color=GREY)
+    path = folder / "curves.png"
+    temporary = folder / "curves.tmp.png"
+    FigureCanvasAgg(figure).print_png(temporary)
+    os.replace(temporary, path)  # a viewer that looks at the old one never sees half of the new
+    return path
+
+
+def _panel(axes: Axes, points: Sequence[tuple[int, float]], *, validation: bool) -> None:
+    """One small multiple: validation as joined markers, anything else as a line, faint under a smooth one if long."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#BBBBBB")
+    axes.tick_params(colors=GREY, length=0)
+    axes.grid(color="#E6E6E6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+    if not points:
+        axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", va="center", color="#999999")
+        axes.set_yticks([])
+        axes.grid(visible=False)
+        return
+    steps, values = np.array(points, float).T
+    if validation:
+        axes.plot(steps, 100 * values, "o-", color=ORANGE, linewidth=1.5, markersize=5, clip_on=False)
+    elif len(steps) > 20:
+        axes.plot(steps, values, color=BLUE, linewidth=0.8, alpha=0.3)
+        axes.plot(steps, _smooth(values), color=BLUE, linewidth=2)
+    else:
+        axes.plot(steps, values, "o-", color=BLUE, linewidth=1.5, markersize=3.5, clip_on=False)
+    if values.min() >= 0 > axes.get_ylim()[0]:
+        axes.set_ylim(bottom=0)  # room below nought would suggest what cannot be
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Weighted running mean of values [S], Gaussian over a fortieth of them each side, renormalised at the ends."""
+    width = max(1.5, len(values) / 40)
+    reach = min(math.ceil(3 * width), (len(values) - 1) // 2)  # a longer kernel would lengthen what convolve returns
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    mean = lambda x: np.convolve(x, kernel, mode="same")  # noqa: E731
+    return mean(values) / mean(np.ones_like(values))

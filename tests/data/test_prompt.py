@@ -1,0 +1,251 @@
+"""The prompt holds everything that the row says, whatever the model's chat template does with tools."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from data import prompt
+from data.example import make
+from grpo_jax.reward import judge, parse_calls
+
+# ChatML that writes roles and contents and drops all else without a word, like many small models'.
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# In the manner of Qwen2.5: a system text of its own if there is none, its own instructions and format for tools.
+QWEN = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nI am somebody.<|im_end|>\n{% endif %}"
+    "{% if tools %}<|im_start|>system\nAnswer in XML.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n"
+    "</tool_response><|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}\n<tool_call>\n{{ c.function | tojson }}\n</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# In the manner of Llama 3: contents are trimmed, one call a turn, tool results under a role of their own.
+LLAMA = (
+    "{{ '<|begin|>' }}{% for m in messages %}{% if m.tool_calls %}"
+    "{% if m.tool_calls | length != 1 %}{{ raise_exception('only one call') }}{% endif %}"
+    "{% else %}<|start|>{{ 'ipython' if m.role == 'tool' else m.role }}<|end|>\n\n{{ m.content | trim }}<|eot|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
+)
+# In the manner of Mistral: user and assistant by turns, the system text inside the first user turn.
+STRICT = (
+    "{% set rest = messages[1:] if messages[0].role == 'system' else messages %}{% for m in rest %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}<|start|>{% if loop.first and messages[0].role == 'system' %}"
+    "{{ messages[0].content }}\n\n{% endif %}{{ m.content }}<|end|>{% else %}{{ m.content }}<|eot|>{% endif %}"
+    "{% endfor %}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+
+TOOLS = [
+    {"name": "find_train", "description": "Trains {from} → to.", "parameters": {"to": {"type": "string"}}},
+    {"name": "book seat", "description": 'A "seat".', "parameters": {"train": {"type": "integer"}}},
+]
+FIRST_CALLS = [
+    {"name": "find_train", "arguments": {"to": "Zürich HB", "via": ["Köln", "Basel"], "day": {"y": 2031, "w": 7}}},
+    {"name": "find_train", "arguments": {"to": 'the "old" town\nby night', "fast": True, "limit": None, "fare": 12.50}},
+]
+SECOND_CALLS = [{"name": "book seat", "arguments": {"train": 4711, "note": "a < b && {tools} {{x}} 🚆", "car": ""}}]
+RESULTS = ['[{"train": 4711, "at": "06:31"}]', "no train: 北京 <none>", "seat 61 🪑"]
+LAST_CALLS = [{"name": "find_train", "arguments": {"to": "Oslo"}}]
+TURNS = [
+    {"role": "system", "content": "Today is Thursday, 17 April 2031."},
+    {"role": "user", "content": "Where can I go?"},
+    {"role": "assistant", "content": "Let me see what runs.", "calls": FIRST_CALLS},
+    {"role": "tool", "content": RESULTS[0], "name": "find_train"},
+    {"role": "tool", "content": RESULTS[1]},
+    {"role": "assistant", "content": "To Zürich."},
+    {"role": "assistant", "content": "", "calls": SECOND_CALLS},
+    {"role": "tool", "content": RESULTS[2]},
+    {"role": "user", "content": "And a train to Oslo?"},
+]
+EXAMPLE = make(TURNS, TOOLS, LAST_CALLS, "test")
+SINGLE = make([{"role": "user", "content": "And a train to Oslo?"}], TOOLS, LAST_CALLS, "test")
+
+
+def byte_tokenizer(chat_template):
+    """One token a byte, so that decoding gives back the very text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    marks = ["<|im_start|>", "<|im_end|>", "<|begin|>", "<|start|>", "<|end|>", "<|eot|>"]
+    bpe.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    # A model's tokenizer may put a token in front of every text; a rendered prompt already has it.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|begin|>", chat_template=chat_template, clean_up_tokenization_spaces=False
+    )
+
+
+@pytest.fixture(params=["chatml", "qwen", "llama", "strict", "real qwen"])
+def tokenizer(request):
+    if request.param == "real qwen":
+        folder = os.environ.get("GRPO_JAX_QWEN_TOKENIZER")
+        if not folder:
+            pytest.skip("GRPO_JAX_QWEN_TOKENIZER does not name a folder with Qwen2.5's tokenizer")
+        return AutoTokenizer.from_pretrained(folder)
+    return byte_tokenizer({"chatml": CHATML, "qwen": QWEN, "llama": LLAMA, "strict": STRICT}[request.param])
+
+
+def leaves(value):
+    if isinstance(value, dict):
+        return [leaf for key, part in value.items() for leaf in [key, *leaves(part)]]
+    return [leaf for part in value for leaf in leaves(part)] if isinstance(value, list) else [value]
+
+
+def test_prompt_holds_every_value_of_every_earlier_turn(tokenizer):
+    ids = prompt.encode(EXAMPLE, tokenizer)
+    assert type(ids) is list and all(type(i) is int for i in ids)
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    position = text.index("Where can I go?")
+    for calls, results in ((FIRST_CALLS, RESULTS[:2]), (SECOND_CALLS, RESULTS[2:])):
+        for call in calls:
+            position = text.index(json.dumps(call["name"]), position)
+            for leaf in leaves(call["arguments"]):
+                position = text.index(json.dumps(leaf, ensure_ascii=False), position)
+        for result in results:
+            position = text.index(f"<tool_response>\n{result}\n</tool_response>", position)
+    assert text.index("And a train to Oslo?", position) > text.index("Let me see what runs.") > 0
+    assert text.count("Today is Thursday, 17 April 2031.") == 1
+    assert text.index("Today is Thursday") < text.index("Where can I go?")
+
+
+def test_prompt_has_our_system_text_once_and_opens_the_assistant_turn(tokenizer):
+    for example in (EXAMPLE, SINGLE):
+        text = tokenizer.decode(prompt.encode(example, tokenizer), clean_up_tokenization_spaces=False)
+        system = prompt.messages(example)[0]["content"]
+        assert text.count(system) == 1
+        lines = system[system.index("<tools>\n") + 8 : system.index("\n</tools>")].split("\n")
+        assert [json.loads(line) for line in lines] == [{"type": "function", "function": tool} for tool in TOOLS]
+        assert "I am somebody" not in text and "Answer in XML" not in text and "Alibaba" not in text
+        assert text.count("<|begin|>") == (1 if "ipython" in tokenizer.chat_template else 0)
+        last = example.messages[-1]["content"]
+        after = text[text.rindex(last) + len(last) :]
+        assert after in ("<|im_end|>\n<|im_start|>assistant\n", "<|eot|><|start|>assistant<|end|>\n\n", "<|end|>")
+
+
+def test_messages_are_one_system_text_then_user_and_assistant_by_turns():
+    chat = prompt.messages(EXAMPLE)
+    assert [set(turn) for turn in chat] == [{"role", "content"}] * 6
+    assert [turn["role"] for turn in chat] == ["system", "user", "assistant", "user", "assistant", "user"]
+    assert chat[2]["content"] == prompt.reply(FIRST_CALLS, "Let me see what runs.")
+    assert chat[4]["content"] == "To Zürich.\n" + prompt.reply(SECOND_CALLS, "Next I call book seat.")
+    assert chat[5]["content"] == f"<tool_response>\n{RESULTS[2]}\n</tool_response>\nAnd a train to Oslo?"
+    assert [parse_calls(turn["content"]) for turn in chat[2:5:2]] == [FIRST_CALLS, SECOND_CALLS]
+
+
+def test_a_system_turn_in_the_middle_goes_to_the_top():
+    turns = [*TURNS, {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Well?"}]
+    chat = prompt.messages(make(turns, TOOLS, LAST_CALLS, "test"))
+    assert chat[0]["content"].endswith("</tool_call>\n\nToday is Thursday, 17 April 2031.\n\nBe brief.")
+    assert chat[-1]["content"].endswith("And a train to Oslo?\nWell?")
+
+
+def test_own_template_replaces_one_token_and_no_other_brace(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text('Tools: {tools}. Say {"name": {x}} or {{tools}}.\n', encoding="utf-8")
+    template = prompt.load_template(path)
+    example = make(SINGLE.messages, [{"name": "f", "description": "{tools}"}], [], "test")
+    line = '{"type": "function", "function": {"name": "f", "description": "{tools}"}}'
+    chat = prompt.messages(example, template)
+    assert chat[0]["content"] == f'Tools: {line}. Say {{"name": {{x}}}} or {{{line}}}.'
+    ids = prompt.encode(example, byte_tokenizer(CHATML), template)
+    assert len(ids) < 300 < len(prompt.encode(example, byte_tokenizer(CHATML)))
+
+
+def test_templates_that_cannot_be_used(tmp_path):
+    path = tmp_path / "mine.txt"
+    with pytest.raises(FileNotFoundError, match=rf"^{path}: no such template file: .*\{{tools\}}$"):
+        prompt.load_template(path)
+    path.write_text("Here are {tool}.")
+    with pytest.raises(ValueError, match=rf"^{path}: no \{{tools\}} in it: write \{{tools\}} where"):
+        prompt.load_template(path)
+    with pytest.raises(ValueError, match=r"^the template 'Here are \{tool\}\.': no \{tools\} in it"):
+        prompt.messages(SINGLE, "Here are {tool}.")
+    path.write_bytes(b"{tools} \xff")
+    with pytest.raises(ValueError, match=rf"^{path}: not UTF-8 text"):
+        prompt.load_template(path)
+
+
+def test_default_template_shows_the_format_that_is_rewarded():
+    template = prompt.load_template()
+    assert template == prompt.load_template(prompt.DEFAULT_TEMPLATE) and template.count("{tools}") == 1
+    example_reply = template[template.rindex("<think>") :]
+    calls = parse_calls(example_reply)
+    assert len(calls) == 2 and judge(example_reply, calls, "binary").value == 1.0
+    thought = re.search(r"<think>\n(.*)\n</think>", example_reply)[1]
+    assert example_reply.strip() == prompt.reply(calls, thought)
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [],
+        LAST_CALLS,
+        FIRST_CALLS + SECOND_CALLS,
+        [{"name": "f</tool_call>", "arguments": {"<think>": "</tool_call><tool_call>", "x": ["</think>", "\\u003c"]}}],
+    ],
+)
+@pytest.mark.parametrize("reasoning", ["", " It is asked for. ", "A <tool_call> after </think>, <<think>> before."])
+def test_the_reward_reads_back_what_reply_writes(calls, reasoning):
+    text = prompt.reply(calls, reasoning)
+    assert parse_calls(text) == calls
+    assert judge(text, calls, "binary").value == 1.0
+    for tag in ("<think>", "</think>", "<tool_call>", "</tool_call>"):
+        assert text.count(tag) == 1
+
+
+def test_reply_to_the_letter():
+    expected = '<think>\nWhy.\n</think>\n<tool_call>\n[{"name": "f", "arguments": {"a": "é"}}]\n</tool_call>'
+    assert prompt.reply([{"name": "f", "arguments": {"a": "é"}, "id": "1"}], "\nWhy. ") == expected
+    assert prompt.reply([], "") == "<think>\n\n</think>\n<tool_call>\n[]\n</tool_call>"
+    assert prompt.reply([], "see <tool_call>") == "<think>\nsee [tool_call]\n</think>\n<tool_call>\n[]\n</tool_call>"
+
+
+def test_target_is_the_response_else_the_answer_after_the_reasoning():
+    def target(**extra):
+        return prompt.target(make(TURNS, TOOLS, LAST_CALLS, "test", extra))
+
+    assert target() == prompt.reply(LAST_CALLS, "")
+    assert target(reasoning="Oslo.") == prompt.reply(LAST_CALLS, "Oslo.")
+    assert target(reasoning="Oslo.", response=" as it is ") == " as it is "
+
+
+def test_a_template_that_refuses_the_conversation_is_one_clear_error():
+    refusing = byte_tokenizer(NO_SYSTEM + CHATML)
+    with pytest.raises(ValueError, match=rf"^the chat template .* example {SINGLE.id}, roles system, user") as e:
+        prompt.encode(SINGLE, refusing)
+    assert "(System role not supported)" in str(e.value) and "\n" not in str(e.value)
+    greeted = make([{"role": "assistant", "content": "Hello."}, *SINGLE.messages], TOOLS, LAST_CALLS, "test")
+    with pytest.raises(ValueError, match=r"roles system, assistant, user \(roles must alternate\)"):
+        prompt.encode(greeted, byte_tokenizer(STRICT))
+
+
+def test_tokenizer_without_chat_template_and_unknown_role():
+    with pytest.raises(ValueError, match="has no chat template: take the tokenizer of an instruct model"):
+        prompt.encode(SINGLE, byte_tokenizer(None))
+    odd = make([{"role": "critic", "content": "Hm."}], TOOLS, LAST_CALLS, "test")
+    with pytest.raises(ValueError, match=rf"^example {odd.id}: a turn of role 'critic': use system, user"):
+        prompt.messages(odd)
+
+
+def test_sample_rows_render_with_their_query_and_tools():
+    path = Path(__file__).parents[3] / "shared" / "data" / "train_rows_xlam_format.jsonl"
+    if not path.is_file():
+        pytest.skip(f"sample rows not here: {path}")
+    from data.jsonl import load
+
+    tokenizer = byte_tokenizer(CHATML)
+    for example in load(path, limit=50).examples:
+        text = tokenizer.decode(prompt.encode(example, tokenizer), clean_up_tokenization_spaces=False)
+        assert example.messages[0]["content"] in text
+        assert all(json.dumps(tool, ensure_ascii=False) in text for tool in example.tools)
+        assert judge(prompt.target(example), list(example.answer), "binary").value == 1.0

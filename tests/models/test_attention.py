@@ -1,0 +1,186 @@
+"""`causal`, `packed` and `decode` against a numpy softmax over a mask that is written out pair by pair."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import attention
+from models.attention import PackLayout, RowSlots
+
+K, REPEAT, C = 2, 3, 4  # 6 query heads over 2 key heads
+H = K * REPEAT
+causal, packed, decode = map(jax.jit, (attention.causal, attention.packed, attention.decode))
+
+# (prompt length, response lengths) of each group: 1, 2 and 5 responses, an empty response, empty groups and slots.
+ONE = [(7, [4])]
+TWO = [(3, [5, 1]), (6, [2, 4])]
+FIVE = [(9, [1, 6, 3, 2, 6])]
+MIXED = [(4, [2]), (1, [3, 6]), (5, [1, 2, 0, 4, 5]), (2, []), (0, [])]
+
+
+def dense(q, k, v, mask, numpy=np):
+    """q [T, H, C], k and v [T, K, C], mask [T, T] -> [T, H, C]; a query that sees nothing gives 0."""
+    k, v = (numpy.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    scores = numpy.einsum("thc,shc->hts", q, k) / np.sqrt(q.shape[-1])
+    scores = numpy.where(mask, scores, -np.inf)
+    weights = numpy.where(mask, numpy.exp(scores - numpy.maximum(scores.max(-1, keepdims=True), -1e30)), 0)
+    return numpy.einsum("hts,shc->thc", weights / numpy.maximum(weights.sum(-1, keepdims=True), 1e-300), v)
+
+
+def lay_out(groups, t, n=None, g=None, p=None, r=None, rng=None):
+    """One flat row of the groups, at random places if `rng` is given: (PackLayout of numpy [1, ...], mask [T, T])."""
+    n, g = n or len(groups), g or max(len(rs) for _, rs in groups)
+    p, r = p or max(p for p, _ in groups), r or max((r for _, rs in groups for r in rs), default=1)
+    order = np.arange(t) if rng is None else rng.permutation(t)
+    prompt, response = np.full((n, p), t), np.full((n, g, r), t)
+    cell, mask, at = np.full(t, n * p + n * g * r), np.zeros((t, t), bool), 0
+
+    def take(length):
+        nonlocal at
+        at += length
+        assert at <= t
+        return order[at - length : at]
+
+    for i, (p_length, lengths) in enumerate(groups):
+        mine = prompt[i, :p_length] = take(p_length)
+        cell[mine] = i * p + np.arange(p_length)
+        for a, query in enumerate(mine):
+            mask[query, mine[: a + 1]] = True
+        for j, length in enumerate(lengths):
+            own = response[i, j, :length] = take(length)
+            cell[own] = n * p + (i * g + j) * r + np.arange(length)
+            for a, query in enumerate(own):
+                mask[query, mine] = True
+                mask[query, own[: a + 1]] = True
+    return PackLayout(*(x[None].astype(np.int32) for x in (prompt, response, cell))), mask
+
+
+def draw(rng, *lead, scale=2.0):
+    return tuple(scale * rng.normal(size=(*lead, heads, C)) for heads in (H, K, K))
+
+
+@pytest.mark.parametrize("t", [1, 2, 9])
+def test_causal_equals_a_softmax_over_the_lower_triangle(x64, t):
+    q, k, v = draw(np.random.default_rng(t), 3, t)
+    out = causal(*map(jnp.asarray, (q, k, v)))
+    assert out.dtype == jnp.float64
+    for b in range(3):
+        np.testing.assert_allclose(out[b], dense(q[b], k[b], v[b], np.tril(np.ones((t, t), bool))), rtol=0, atol=1e-13)
+
+
+def test_causal_does_not_see_what_lies_to_the_right(x64):
+    q, k, v = draw(np.random.default_rng(0), 8)
+    before = causal(*map(jnp.asarray, (q, k, v)))
+    k[5:], v[5:] = 1e3, -1e3
+    np.testing.assert_array_equal(causal(*map(jnp.asarray, (q, k, v)))[:5], before[:5])
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (4, 1), (9, 3)])
+def test_causal_pairs_query_heads_with_their_key_head(x64, heads, kv_heads):
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.normal(size=(5, h, C)) for h in (heads, kv_heads, kv_heads))
+    np.testing.assert_allclose(
+        causal(*map(jnp.asarray, (q, k, v))), dense(q, k, v, np.tril(np.ones((5, 5), bool))), rtol=0, atol=1e-13
+    )
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("groups", [ONE, TWO, FIVE, MIXED], ids=["one", "two", "five", "mixed"])
+def test_packed_equals_a_softmax_over_the_written_mask(x64, groups, shuffled):
+    rng = np.random.default_rng(2)
+    t = sum(p + sum(rs) for p, rs in groups) + 5
+    layout, mask = lay_out(groups, t, rng=rng if shuffled else None)
+    q, k, v = draw(rng, 1, t)
+    out = packed(*map(jnp.asarray, (q, k, v)), layout)[0]
+    np.testing.assert_allclose(out, dense(q[0], k[0], v[0], mask), rtol=0, atol=1e-13)
+    np.testing.assert_array_equal(out[~mask.any(-1)], 0)  # padding
+
+
+def test_packed_rows_are_independent_and_empty_cells_change_nothing(x64):
+    rng = np.random.default_rng(3)
+    sizes = {"n": 6, "g": 5, "p": 12, "r": 8}  # larger than any group needs
+    t = 64
+    rows = [lay_out(groups, t, rng=rng, **sizes) for groups in (ONE, TWO, FIVE, MIXED, [])]
+    layout = jax.tree.map(lambda *x: jnp.concatenate(x), *(row for row, _ in rows))
+    q, k, v = draw(rng, len(rows), t)
+    out = packed(*map(jnp.asarray, (q, k, v)), layout)
+    for b, (_, mask) in enumerate(rows):
+        np.testing.assert_allclose(out[b], dense(q[b], k[b], v[b], mask), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("groups", [ONE, TWO, FIVE, MIXED], ids=["one", "two", "five", "mixed"])
+def test_gradient_of_packed_equals_that_of_the_dense_mask(x64, groups):
+    rng = np.random.default_rng(4)
+    t = sum(p + sum(rs) for p, rs in groups) + 3
+    layout, mask = lay_out(groups, t, rng=rng)
+    qkv = tuple(map(jnp.asarray, draw(rng, 1, t)))
+    w = jnp.asarray(rng.normal(size=(t, H, C)))
+
+    def ours(qkv):
+        return jnp.sum(w * jnp.sin(packed(*qkv, layout)[0]))
+
+    def plain(qkv):
+        # Padding sees itself here, because 0/0 has no gradient; its output is then left out.
+        out = dense(*(x[0] for x in qkv), mask | np.eye(t, dtype=bool), numpy=jnp)
+        return jnp.sum(w * jnp.sin(jnp.where(mask.any(-1)[:, None, None], out, 0)))
+
+    (value, grads), (expected, plain_grads) = (jax.jit(jax.value_and_grad(f))(qkv) for f in (ours, plain))
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    for grad, want in zip(grads, plain_grads, strict=True):
+        assert jnp.abs(want).max() > 0.1
+        np.testing.assert_allclose(grad, want, rtol=0, atol=1e-10)
+
+
+def test_gradient_of_packed_is_finite_where_every_key_is_masked():
+    layout, _ = lay_out([], 4, n=2, g=2, p=3, r=2)
+    qkv = tuple(jnp.asarray(x, jnp.float32) for x in draw(np.random.default_rng(5), 1, 4))
+    for grad in jax.jit(jax.grad(lambda qkv: packed(*qkv, layout).sum()))(qkv):
+        np.testing.assert_array_equal(grad, 0)
+
+
+def test_bfloat16_stays_near_float64():
+    rng = np.random.default_rng(6)
+    layout, mask = lay_out(MIXED, 64)
+    qkv = tuple(jnp.asarray(x, jnp.bfloat16) for x in draw(rng, 1, 64, scale=1.0))
+    out = packed(*qkv, layout)
+    assert out.dtype == jnp.bfloat16
+    q, k, v = (np.asarray(x[0], np.float64) for x in qkv)
+    np.testing.assert_allclose(np.asarray(out[0], np.float64), dense(q, k, v, mask), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("slots_per_group", [1, 2, 5])
+def test_decode_equals_a_softmax_over_prompt_own_tokens_and_itself(x64, slots_per_group):
+    rng = np.random.default_rng(7)
+    n, s, p, r = 4, slots_per_group, 6, 5
+    p_length = np.array([6, 1, 3, 4])
+    live = rng.permutation(n * s)[: max(1, n * s - 2)]  # two slots (with one a group: two groups) are empty
+    b = len(live)
+    row = np.full(n * s, b)
+    row[live] = np.arange(b)
+    o_length = rng.integers(0, r + 1, b)
+    o_length[0] = 0  # a row's first token sees only its prompt and itself
+    q, k, v = draw(rng, b)
+    # What lies beyond the lengths is rubbish of earlier rows, and must not be seen.
+    k_p, v_p = (3 * rng.normal(size=(n, K, p, C)) for _ in range(2))
+    k_o, v_o = (3 * rng.normal(size=(b, K, r, C)) for _ in range(2))
+    out = decode(
+        *map(jnp.asarray, (q, k, v)),
+        tuple(map(jnp.asarray, (k_p, v_p, p_length))),
+        tuple(map(jnp.asarray, (k_o, v_o, o_length))),
+        RowSlots(jnp.asarray(row.reshape(n, s)), jnp.asarray(live)),
+    )
+    for i in range(b):
+        group = live[i] // s
+        keys, values = (
+            np.concatenate(
+                [prompt[group, :, : p_length[group]], own[i, :, : o_length[i]], new[i][:, None]], axis=1
+            ).swapaxes(0, 1)
+            for prompt, own, new in ((k_p, k_o, k), (v_p, v_o, v))
+        )
+        t = len(keys)
+        queries = np.zeros((t, H, C))
+        queries[-1] = q[i]
+        np.testing.assert_allclose(out[i], dense(queries, keys, values, np.ones((t, t), bool))[-1], rtol=0, atol=1e-13)

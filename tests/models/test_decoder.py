@@ -1,0 +1,310 @@
+"""The decoder: sizes and configs as published, and every way of computing one sequence gives the same numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import decoder
+from models.attention import PackLayout, PromptCache, ResponseCache, RowSlots, packed
+from models.attention import causal as causal_attention
+from models.decoder import SIZES, DecoderConfig, RopeScaling
+
+QWEN = DecoderConfig("qwen2", 31, 24, 40, 3, 6, 2, 4, tied=False, norm_eps=1e-5)
+LLAMA = DecoderConfig(
+    "llama", 29, 18, 20, 2, 9, 3, 2, rope_theta=1e4, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16), tied=True
+)
+CONFIGS = pytest.mark.parametrize("config", [QWEN, LLAMA], ids=["qwen2", "llama"])
+logits = jax.jit(decoder.logits, static_argnums=0)
+
+
+def random_params(config, dtype=np.float64, seed=0):
+    """Large and uneven weights: a wrong bias, norm or rotation shows in the first digit."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape) + (x.shape[-1:] == x.shape), dtype), decoder.shapes(config)
+    )
+
+
+# ---------------------------------------------------------------- configs and shapes
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen2.5-3b", 3_085_938_688),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen2.5-14b", 14_770_033_664),
+        ("llama-3-8b", 8_030_261_248),
+        ("llama-3.1-8b", 8_030_261_248),
+    ],
+)
+def test_sizes_have_the_published_parameter_counts(name, count):
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(decoder.shapes(SIZES[name]))) == count
+
+
+@CONFIGS
+def test_every_array_has_its_axes(config):
+    shapes, axes = decoder.shapes(config), decoder.logical_axes(config)
+    is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+    assert jax.tree.structure(axes, is_leaf=is_axes) == jax.tree.structure(shapes)
+    for leaf, names in zip(jax.tree.leaves(shapes), jax.tree.leaves(axes, is_leaf=is_axes), strict=True):
+        assert len(names) == leaf.ndim and all(isinstance(name, str) for name in names)
+    assert axes["layers"]["attention"]["q"] == ("layers", "embed", "heads", "head_dim")
+
+
+def test_init_fills_the_declared_shapes():
+    params = decoder.init(QWEN, jax.random.key(0))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), decoder.shapes(QWEN)
+    )
+    kernels = params["layers"]["ff"]["gate"]
+    assert abs(float(kernels.std()) - 0.02) < 0.002 and not np.array_equal(kernels[0], kernels[1])
+    np.testing.assert_array_equal(params["layers"]["ff_norm"]["scale"], 1)
+    np.testing.assert_array_equal(params["layers"]["attention"]["q_bias"], 0)
+
+
+BASE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 131072,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 500000.0, "rope_scaling": SCALING, "torch_dtype": "bfloat16"},  # transformers 4.5x
+        {
+            "rope_parameters": {**SCALING, "rope_theta": 500000.0},
+            "dtype": "bfloat16",
+            "head_dim": 128,
+            "pad_token_id": None,
+        },  # 5.x
+    ],
+    ids=["4.5x", "5.x"],
+)
+def test_both_spellings_of_config_json_are_llama_3_1(spelling):
+    assert DecoderConfig.from_hf({**BASE, **spelling}) == SIZES["llama-3.1-8b"]
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {
+            "rope_theta": 1000000.0,
+            "torch_dtype": "bfloat16",
+            "sliding_window": 32768,
+            "use_sliding_window": False,
+            "max_window_layers": 21,
+        },
+        {
+            "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+            "dtype": "bfloat16",
+            "layer_types": ["full_attention"] * 24,
+        },
+    ],
+    ids=["4.5x", "5.x"],
+)
+def test_both_spellings_of_config_json_are_qwen_2_5(spelling):
+    raw = BASE | {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+    }
+    raw |= {
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+    }
+    raw |= {"max_position_embeddings": 32768, "bos_token_id": 151643, "eos_token_id": 151645}
+    assert DecoderConfig.from_hf(raw | spelling) == replace(SIZES["qwen2.5-0.5b"], eos_token_ids=(151645,))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_config_survives_the_way_out_and_back(name):
+    assert DecoderConfig.from_hf(SIZES[name].to_hf("bfloat16")) == SIZES[name]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"architectures": ["MistralForCausalLM"]}, ["MistralForCausalLM", "Qwen2ForCausalLM"]),
+        ({"architectures": None, "model_type": "gpt2"}, ["gpt2"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"use_sliding_window": True}, ["use_sliding_window"]),
+        ({"attention_bias": True}, ["attention_bias"]),
+        ({"mlp_bias": True}, ["mlp_bias"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope_type", "yarn"]),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, ["factor", "missing"]),
+        ({"hidden_size": None}, ["hidden_size"]),
+        ({"vocab_size": None}, ["vocab_size"]),
+    ],
+)
+def test_from_hf_names_what_it_does_not_have(change, words):
+    raw = {k: v for k, v in {**BASE, **change}.items() if v is not None}
+    with pytest.raises(ValueError) as error:
+        DecoderConfig.from_hf(raw, "some/config.json")
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in ["some/config.json", *words])
+
+
+# ---------------------------------------------------------------- one sequence, computed in several ways
+
+
+@CONFIGS
+def test_padding_and_its_content_change_nothing(x64, config):
+    params = random_params(config)
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, config.vocab, (3, 7))
+    lengths = np.array([7, 4, 1])
+    out = logits(config, params, tokens, lengths)
+    assert out.dtype == jnp.float64
+    longer = rng.integers(0, config.vocab, (3, 12))
+    for b, length in enumerate(lengths):
+        longer[b, :length] = tokens[b, :length]
+        np.testing.assert_array_equal(out[b, length:], 0)
+    np.testing.assert_allclose(logits(config, params, longer, lengths)[:, :7], out, rtol=0, atol=1e-13)
+
+
+def test_logits_are_at_least_float32():
+    params = random_params(QWEN, jnp.bfloat16)
+    assert logits(QWEN, params, jnp.zeros((1, 4), int), jnp.array([4])).dtype == jnp.float32
+
+
+@CONFIGS
+def test_packed_groups_equal_the_copied_sequences(x64, config):
+    """The design's one idea: prompt once, then its responses, against each `prompt + response` by itself."""
+    params, rng = random_params(config), np.random.default_rng(2)
+    p, lengths, t = 5, [4, 2], 13
+    tokens = rng.integers(0, config.vocab, t)
+    starts = np.cumsum([p, *lengths])
+    response = np.full((1, 1, 2, 4), t)
+    cell = np.full(t, p + 8)
+    cell[:p] = np.arange(p)
+    for j, (start, length) in enumerate(zip(starts, lengths, strict=False)):
+        response[0, 0, j, :length] = np.arange(start, start + length)
+        cell[start : start + length] = p + 4 * j + np.arange(length)
+    positions = np.r_[np.arange(p), p + np.arange(4), p + np.arange(2), 0, 0]
+    layout = PackLayout(jnp.arange(p)[None, None], jnp.asarray(response), jnp.asarray(cell)[None])
+    flat = jax.jit(
+        lambda params: decoder.unembed(
+            params,
+            decoder.hidden(
+                config, params, tokens[None], positions[None], lambda q, k, v, _: (packed(q, k, v, layout), None)
+            )[0],
+        )
+    )(params)[0]
+    for start, length in zip(starts, lengths, strict=False):
+        alone = np.r_[tokens[:p], tokens[start : start + length]]
+        expected = logits(config, params, alone[None], np.array([p + length]))[0]
+        np.testing.assert_allclose(
+            np.concatenate([flat[:p], flat[start : start + length]]), expected, rtol=0, atol=1e-12
+        )
+
+
+@CONFIGS
+def test_prefill_and_decode_equal_logits_of_the_whole_sequence(x64, config):
+    """Three ragged prompts, two slots each, one of them empty; rows start at different steps, in an order of their own."""
+    params, rng = random_params(config), np.random.default_rng(3)
+    n, s, p, r = 3, 2, 6, 5
+    p_length = np.array([6, 2, 4])
+    prompts = rng.integers(0, config.vocab, (n, p))
+    slot = np.array([4, 0, 5, 1, 2])  # of each row; slot 3, the second of group 1, is empty
+    group, b = slot // s, len(slot)
+    row = np.full(n * s, b)
+    row[slot] = np.arange(b)
+    slots = RowSlots(jnp.asarray(row.reshape(n, s)), jnp.asarray(slot))
+    start, length = np.array([0, 3, 1, 0, 2]), np.array([5, 1, 3, 4, 2])
+    responses = rng.integers(0, config.vocab, (b, r))
+
+    cache, last = jax.jit(decoder.prefill, static_argnums=0)(config, params, prompts, p_length)
+    assert cache.k.shape == (config.layers, n, config.kv_heads, p, config.head_dim)
+    rubbish = 5.0 * rng.normal(
+        size=(2, config.layers, b, config.kv_heads, r, config.head_dim)
+    )  # what earlier rows left
+    own = ResponseCache(*map(jnp.asarray, rubbish), jnp.zeros(b, jnp.int32))
+    step = jax.jit(decoder.decode_step, static_argnums=0)
+    hidden = np.zeros((b, r + 1, config.d_model))
+    hidden[:, 0] = np.asarray(last)[group]
+    for t in range(8):
+        at = np.asarray(own.length)
+        x, own = step(
+            config, params, responses[np.arange(b), np.minimum(at, r - 1)], jnp.asarray(group), cache, own, slots
+        )
+        live = (start <= t) & (at < length)
+        hidden[live, at[live] + 1] = np.asarray(x)[live]
+        own = ResponseCache(own.k, own.v, jnp.where(live, own.length, at))  # a row that waits writes over its own cell
+
+    np.testing.assert_array_equal(own.length, length)
+    found = decoder.unembed(params, jnp.asarray(hidden))
+    for i in range(b):
+        whole = np.r_[prompts[group[i], : p_length[group[i]]], responses[i, : length[i]]]
+        expected = logits(config, params, whole[None], np.array([len(whole)]))[0]
+        np.testing.assert_allclose(found[i, : length[i] + 1], expected[p_length[group[i]] - 1 :], rtol=0, atol=1e-12)
+
+
+def test_a_full_response_cache_drops_what_does_not_fit(x64):
+    params, b, r = random_params(QWEN), 2, 3
+    shape = (QWEN.layers, b, QWEN.kv_heads, r, QWEN.head_dim)
+    prompts = PromptCache(
+        jnp.zeros((QWEN.layers, 1, QWEN.kv_heads, 1, QWEN.head_dim)),
+        jnp.zeros((QWEN.layers, 1, QWEN.kv_heads, 1, QWEN.head_dim)),
+        jnp.ones(1, int),
+    )
+    full = ResponseCache(jnp.ones(shape), jnp.ones(shape), jnp.array([r, 1]))
+    slots = RowSlots(jnp.array([[0, 1]]), jnp.array([0, 1]))
+    _, after = jax.jit(decoder.decode_step, static_argnums=0)(
+        QWEN, params, jnp.array([1, 2]), jnp.zeros(b, int), prompts, full, slots
+    )
+    np.testing.assert_array_equal(after.k[:, 0], 1)
+    np.testing.assert_array_equal(after.k[:, 1, :, [0, 2]], 1)
+    assert np.all(np.asarray(after.k[:, 1, :, 1]) != 1)
+
+
+def test_remat_gives_the_same_gradient(x64):
+    config, params = QWEN, random_params(QWEN)
+    tokens = np.random.default_rng(4).integers(0, config.vocab, (2, 6))
+    positions = np.broadcast_to(np.arange(6), tokens.shape)
+
+    def loss(params, remat):
+        x, _ = decoder.hidden(
+            config, params, tokens, positions, lambda q, k, v, _: (causal_attention(q, k, v), None), remat=remat
+        )
+        logp = jax.nn.log_softmax(decoder.unembed(params, x[:, :-1]))
+        return -jnp.take_along_axis(logp, tokens[:, 1:, None], -1).mean()
+
+    plain, again = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, remat) for remat in (False, True))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+        assert jnp.abs(a).max() > 0
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)
