@@ -301,8 +301,7 @@ def _has_struct_arguments(kind: Any) -> bool:
 
     if pa.types.is_struct(kind):
         return any(
-            (part.name == "arguments" and pa.types.is_struct(part.type)) or _has_struct_arguments(part.type)
-            for part in kind
+            (part.name == "arguments" and pa.types.is_struct(part.type)) or _has_struct_arguments(part.type) for part in kind
         )
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     return is_list and _has_struct_arguments(kind.value_type)

@@ -11,11 +11,10 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -218,3 +217,130 @@ OPERATIONAL = (
     "run.dir", "run.steps", "run.epochs", "run.tensorboard", "rollout.decode_steps_per_call", "rollout.rows", "learner.tokens_per_microbatch",
     "learner.remat", "mesh.", "checkpoint.", "validation.", "export.",
 )  # fmt: skip
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain JSON."""
+    return dataclasses.asdict(config)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """("field: old -> new" of identity fields, the same of operational ones) between two configs as plain JSON."""
+    old, new = _flat(before), _flat(now)
+    identity, operational = [], []
+    for name in dict.fromkeys([*old, *new]):
+        if old.get(name) != new.get(name):
+            (operational if name.startswith(OPERATIONAL) else identity).append(f"{name}: {old.get(name)} -> {new.get(name)}")
+    return identity, operational
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+# ---------------------------------------------------------------- presets
+
+
+def demo() -> TrainConfig:
+    """Minutes on a laptop: the tiny model that comes with the program, on tasks that the program makes itself."""
+    return TrainConfig(
+        run=Run(dir="runs/demo", steps=40),
+        model=Model(path=str(DEMO_MODEL)),
+        data=Data(path="demo", template=str(DEMO_TEMPLATE)),
+        rollout=Rollout(
+            group_size=8,
+            prompts_per_step=16,
+            max_prompt_tokens=224,
+            max_response_tokens=96,
+            temperature=0.7,
+            decode_steps_per_call=16,
+        ),
+        optimizer=Optimizer(learning_rate=2e-4),
+        learner=Learner(prompts_per_minibatch=16, tokens_per_microbatch=16384, remat=False),
+        validation=Validation(every=10, limit=256),
+        export=Export(dtype="float32"),
+    )
+
+
+def tool_n1(model: str) -> Callable[[], TrainConfig]:
+    """The paper's run on a model of the hub; the data is yours to name, with --data.path."""
+    return lambda: TrainConfig(run=Run(dir=f"runs/tool-n1-{model.split('/')[-1].lower()}"), model=Model(path=model))
+
+
+def demo_sft() -> SftConfig:
+    """A few minutes of supervised training of the demo model on its own tasks, right replies only."""
+    return SftConfig(
+        run=Run(dir="runs/demo-sft", steps=100),
+        model=Model(path=str(DEMO_MODEL)),
+        data=Data(path="demo", template=str(DEMO_TEMPLATE)),
+        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", warmup=0.1),
+        learner=Learner(tokens_per_microbatch=16384, remat=False),
+        validation=Validation(every=50, limit=256),
+        export=Export(dtype="float32"),
+    )
+
+
+PRESETS: dict[type, dict[str, Callable[[], Any]]] = {
+    TrainConfig: {
+        "demo": demo,
+        **{f"tool-n1-{size}": tool_n1(f"Qwen/Qwen2.5-{size.upper()}-Instruct") for size in ("0.5b", "1.5b", "3b", "7b", "14b")},
+        "tool-n1-llama-8b": tool_n1("meta-llama/Llama-3.1-8B-Instruct"),
+    },
+    SftConfig: {"demo": demo_sft, "reason": SftConfig},
+}
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def parse(kind: type[Config], program: str, argv: Sequence[str]) -> Config:
+    """The config that a command line asks for: a preset, if the first word names one (else `demo`), then options.
+
+    Raises ValueError, in one line that names the nearest right word, for a command line that is wrong. `--help` prints
+    and exits.
+    """
+    words, presets = list(argv), PRESETS[kind]
+    name = words.pop(0) if words and not words[0].startswith("-") else "demo"
+    if name not in presets:
+        raise ValueError(f"unknown preset {name!r}: did you mean {_nearest(name, presets)!r}? Known: {', '.join(presets)}")
+    known = [f"--{field}" for field in _flat(to_dict(kind()))]
+    for word in words:
+        option = word.split("=")[0].replace("_", "-")
+        spelled = [k.replace("_", "-") for k in known]
+        plain = re.sub(r"\.no-", ".", option)
+        if word.startswith("--") and word not in ("--help",) and plain not in spelled:
+            raise ValueError(
+                f"unknown option {word.split('=')[0]!r}: did you mean {known[spelled.index(_nearest(option, spelled))]!r}?"
+            )
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown) if "--help" not in words else contextlib.nullcontext():
+            config = tyro.cli(kind, prog=f"python -m {program} [{'|'.join(presets)}]", args=words, default=presets[name]())
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ValueError(_one_line(shown.getvalue())) from None
+    return config
+
+
+def _nearest(word: str, known: Any) -> str:
+    return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]
+
+
+def _one_line(box: str) -> str:
+    """The text of an error box of tyro, without its frame."""
+    lines = [re.sub(r"[^\x20-\x7e]", "", line).strip(" -") for line in box.splitlines()]
+    text = " ".join(line for line in lines if line and not line.startswith(("For full helptext", "Parsing error")))
+    return re.sub(r"\s+", " ", text) or "the command line is wrong; see --help"
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Runs a program: an error that a user can mend becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None

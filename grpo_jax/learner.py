@@ -12,7 +12,9 @@ Tool-N1 code, see grpo_jax.loss).
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +90,9 @@ def _losses(objective: Objective, pack: Pack, logp: Array, entropy: Array) -> tu
     nothing = jnp.zeros_like(logp)
     if objective.kind == "cross_entropy":
         return -logp, nothing, nothing
-    token_loss, clipped = loss.token_objective(logp, pack.old_logp, pack.advantage, clip_low=objective.clip_low, clip_high=objective.clip_high)
+    token_loss, clipped = loss.token_objective(
+        logp, pack.old_logp, pack.advantage, clip_low=objective.clip_low, clip_high=objective.clip_high
+    )
     kl = nothing if pack.ref_logp is None else loss.kl_estimate(logp, pack.ref_logp, kind=objective.kl_kind)
     return token_loss + objective.kl_coefficient * kl - objective.entropy_coefficient * entropy, kl, clipped
 
@@ -117,29 +121,58 @@ def accumulate(model: DecoderConfig, objective: Objective, params: Params, sums:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2, 3))
-def apply(optimizer: optax.GradientTransformation, params: Params, state: optax.OptState, sums: Sums) -> tuple[Params, optax.OptState, dict[str, Array]]:
-    """One optimizer step; parameters, state and sums are donated. The metrics are scalars of the mini-batch."""
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def apply(
+    optimizer: optax.GradientTransformation, params: Params, state: optax.OptState, sums: Sums
+) -> tuple[Params, optax.OptState, dict[str, Array]]:
+    """One optimizer step; parameters and state are donated. Also returns the sums' scalars and the gradient's norm."""
     count = jnp.maximum(sums.count, 1)
     gradient = jax.tree.map(lambda g: g / count.astype(g.dtype), sums.gradient)
     updates, state = optimizer.update(gradient, state, params)
-    metrics = {
-        "loss": sums.loss / count,
-        "kl/mean": sums.kl / count,
-        "entropy/mean": sums.entropy / count,
-        "clip_fraction": sums.clipped / count,
-        "rollout/logp_mismatch": sums.mismatch / count,
-        "rollout/logp_mismatch_max": sums.mismatch_max,
-        "grad_norm": optax.global_norm(gradient),
+    scalars = {f.name: getattr(sums, f.name) for f in fields(sums) if f.name != "gradient"}
+    return optax.apply_updates(params, updates), state, {**scalars, "grad_norm": optax.global_norm(gradient)}
+
+
+def update(
+    model: DecoderConfig,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    state: optax.OptState,
+    packs: Sequence[Pack],
+) -> tuple[Params, optax.OptState, dict[str, Array]]:
+    """One optimizer step from the micro-batches of a mini-batch; parameters and state are donated."""
+    sums = zeros(params)
+    for pack in packs:
+        sums = accumulate(model, objective, params, sums, pack)
+    return apply(optimizer, params, state, sums)
+
+
+def step_metrics(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The metrics of a rollout from what its optimizer steps returned, in order: sums over all of them, divided once."""
+    total = lambda name: sum(float(s[name]) for s in steps)  # noqa: E731
+    count = max(total("count"), 1.0)
+    first = steps[0]  # later ones compare the sampler with a policy that has moved on
+    return {
+        "loss": total("loss") / count,
+        "kl/mean": total("kl") / count,
+        "entropy/mean": total("entropy") / count,
+        "clip_fraction": total("clipped") / count,
+        "grad_norm": total("grad_norm") / len(steps),
+        "rollout/logp_mismatch": float(first["mismatch"]) / max(float(first["count"]), 1.0),
+        "rollout/logp_mismatch_max": float(first["mismatch_max"]),
     }
-    return optax.apply_updates(params, updates), state, metrics
 
 
 def make_optimizer(settings: config.Optimizer, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW behind clipping by global norm, and its learning rate by optimizer step, for a run of `steps` of them."""
     warmup = round(settings.warmup * steps)
     rate = settings.learning_rate
-    schedule = optax.constant_schedule(rate) if settings.schedule == "constant" else optax.cosine_decay_schedule(rate, max(1, steps - warmup))
+    schedule = (
+        optax.constant_schedule(rate)
+        if settings.schedule == "constant"
+        else optax.cosine_decay_schedule(rate, max(1, steps - warmup))
+    )
     if warmup:
         schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), schedule], [warmup])
     adamw = optax.adamw(schedule, b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay)

@@ -33,7 +33,9 @@ def group_advantages(rewards: Array, *, normalize: str = "std", eps: float = 1e-
     return jnp.where(equal, 0.0, scaled)
 
 
-def token_objective(logp: Array, old_logp: Array, advantages: Array, *, clip_low: float = 0.2, clip_high: float = 0.2) -> tuple[Array, Array]:
+def token_objective(
+    logp: Array, old_logp: Array, advantages: Array, *, clip_low: float = 0.2, clip_high: float = 0.2
+) -> tuple[Array, Array]:
     """The clipped objective of each token, as a loss: max(-ratio * A, -clip(ratio, 1 - clip_low, 1 + clip_high) * A).
 
     logp, old_logp [...]; advantages broadcast to [...]. Returns (loss [...], clipped [...] bool: the clipped branch is

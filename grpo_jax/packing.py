@@ -142,11 +142,19 @@ def _row(groups: Sequence[Group], *, t: int, m: int, n: int, g: int, p: int, r: 
             advantage[there] = 0.0 if group.advantages is None else group.advantages[j]
             sampler_logp[there] = group.sampler_logp[j]
             at, loss_at = at + len(ids), loss_at + len(ids)
-    return Pack(tokens, positions, PackLayout(prompt, response, cell), source, target, mask, advantage, sampler_logp, sampler_logp.copy())
+    return Pack(
+        tokens,
+        positions,
+        PackLayout(prompt, response, cell),
+        source,
+        target,
+        mask,
+        advantage,
+        sampler_logp,
+        sampler_logp.copy(),
+    )
 
 
 def place(pack: Pack, sharding: jax.sharding.Sharding | None) -> Pack:
     """The pack on the device(s), its rows split by `sharding` (over the leading axis B of every array)."""
     return jax.device_put(pack, sharding)
-
-

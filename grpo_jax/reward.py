@@ -295,6 +295,5 @@ def _checked(kind: str, results: Any, count: int) -> list[Scored]:
 def _unknown(kind: str) -> str:
     nearest = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
     return (
-        f"unknown reward {kind!r}: did you mean {nearest!r}? "
-        f"Known: {', '.join(KINDS)}, or package.module:function for your own"
+        f"unknown reward {kind!r}: did you mean {nearest!r}? Known: {', '.join(KINDS)}, or package.module:function for your own"
     )

@@ -108,7 +108,9 @@ def sample(
         members = order[start : start + per_pool]
         keys = [(_fingerprint(prompts[i]), attempts[i]) for i in members]
         report = lambda done, at=start: progress(at * sampling.group_size + done, len(prompts) * sampling.group_size)  # noqa: E731
-        finished, steps = _run_pool(config, params, [prompts[i] for i in members], keys, sampling, (seed, step), mesh, row_axes, report)
+        finished, steps = _run_pool(
+            config, params, [prompts[i] for i in members], keys, sampling, (seed, step), mesh, row_axes, report
+        )
         used += steps
         for i, group in zip(members, finished, strict=True):
             groups[i] = group
@@ -191,21 +193,34 @@ def _start(config, params, prompts, keys, rows: _Rows, sampling: Sampling, origi
     parts = [_prefill(config, params, tokens[i : i + at_once], lengths[i : i + at_once]) for i in range(0, padded, at_once)]
     caches, hidden = zip(*parts, strict=True)
     prompt_cache = PromptCache(
-        jnp.concatenate([c.k for c in caches], 1)[:, :n], jnp.concatenate([c.v for c in caches], 1)[:, :n], jnp.asarray(lengths[:n])
+        jnp.concatenate([c.k for c in caches], 1)[:, :n],
+        jnp.concatenate([c.v for c in caches], 1)[:, :n],
+        jnp.asarray(lengths[:n]),
     )
     group, slots = _slots(rows.live, list(range(n)), g)
-    words = np.array([(*keys[name[0]][0], name[1], keys[name[0]][1]) if name else (0, 0, 0, 0) for name in rows.live], np.uint32)
+    words = np.array(
+        [(*keys[name[0]][0], name[1], keys[name[0]][1]) if name else (0, 0, 0, 0) for name in rows.live], np.uint32
+    )
     empty = jnp.zeros((config.layers, b, config.kv_heads, capacity, config.head_dim), prompt_cache.k.dtype)
     # Two buffers, not one twice: the pool is donated.
     return _Pool(
-        jnp.concatenate(hidden)[group], _row_keys(origin, words), group, slots, prompt_cache, ResponseCache(empty, empty.copy(), jnp.zeros(b, jnp.int32))
+        jnp.concatenate(hidden)[group],
+        _row_keys(origin, words),
+        group,
+        slots,
+        prompt_cache,
+        ResponseCache(empty, empty.copy(), jnp.zeros(b, jnp.int32)),
     )
 
 
 def _slots(live, groups: list[int], g: int) -> tuple[Array, RowSlots]:
     """Which prompt each row reads, for prompts kept in the order `groups`; empty rows read prompt 0 and are never looked at."""
     place = {group: i for i, group in enumerate(groups)}
-    row, slot, group = np.full((len(groups), g), len(live), np.int32), np.zeros(len(live), np.int32), np.zeros(len(live), np.int32)
+    row, slot, group = (
+        np.full((len(groups), g), len(live), np.int32),
+        np.zeros(len(live), np.int32),
+        np.zeros(len(live), np.int32),
+    )
     for b, name in enumerate(live):
         if name is not None:
             i = place[name[0]]
@@ -270,7 +285,14 @@ def _place(pool: _Pool, mesh: Mesh | None, row_axes: tuple[str, ...]) -> _Pool:
     lead, second = NamedSharding(mesh, PartitionSpec(row_axes)), NamedSharding(mesh, PartitionSpec(None, row_axes))
     return jax.device_put(
         pool,
-        _Pool(lead, lead, lead, RowSlots(lead, lead), PromptCache(second, second, lead), ResponseCache(second, second, lead)),
+        _Pool(
+            lead,
+            lead,
+            lead,
+            RowSlots(lead, lead),
+            PromptCache(second, second, lead),
+            ResponseCache(second, second, lead),
+        ),
     )
 
 

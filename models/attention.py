@@ -126,19 +126,23 @@ def packed(q: Array, k: Array, v: Array, layout: PackLayout) -> Array:
 
 
 def _packed_row(q: Array, k: Array, v: Array, layout: PackLayout) -> Array:
-    heads, kv_heads = q.shape[-2], k.shape[-2]
-    n, g, r = layout.response.shape
+    t, heads, kv_heads = *q.shape[:2], k.shape[-2]
+    n, p = layout.prompt.shape
+    _, g, r = layout.response.shape
+    tokens = jnp.concatenate([layout.prompt.reshape(-1), layout.response.reshape(-1)])  # of every cell
 
-    def cells(x, index):  # one gather a rectangle; an index of T reads zeros
-        return x.at[index].get(mode="fill", fill_value=0)
+    def rectangles(x):  # [T, heads, C] -> prompts [N, P, heads, C], responses [N, G, R, heads, C]
+        x = _permute(x, tokens, layout.cell)
+        return x[: n * p].reshape(n, p, *x.shape[1:]), x[n * p :].reshape(n, g, r, *x.shape[1:])
 
-    q_p, k_p, v_p = (cells(x, layout.prompt) for x in (q, k, v))  # [N, P, heads, C]
+    (q_p, q_r), (k_p, k_r), (v_p, v_r) = map(rectangles, (q, k, v))
     o_p = causal(q_p, k_p, v_p)
 
-    q_r, k_r, v_r = (cells(x, layout.response) for x in (q, k, v))  # [N, G, R, heads, C]
-    in_prompt = (layout.prompt < q.shape[0])[:, None, None, :]  # [N, 1, 1, P]
     shared = _part(  # all responses of a group against their one prompt: [N, K, g*G*R, C] x [N, K, P, C]
-        _heads_first(q_r.reshape(n, g * r, heads, -1), kv_heads), jnp.moveaxis(k_p, -2, -3), jnp.moveaxis(v_p, -2, -3), in_prompt
+        _heads_first(q_r.reshape(n, g * r, heads, -1), kv_heads),
+        jnp.moveaxis(k_p, -2, -3),
+        jnp.moveaxis(v_p, -2, -3),
+        (layout.prompt < t)[:, None, None, :],
     )
     own_mask = jnp.tile(jnp.tril(jnp.ones((r, r), bool)), (heads // kv_heads, 1))
     own = _part(_heads_first(q_r, kv_heads), jnp.moveaxis(k_r, -2, -3), jnp.moveaxis(v_r, -2, -3), own_mask)
@@ -148,11 +152,34 @@ def _packed_row(q: Array, k: Array, v: Array, layout: PackLayout) -> Array:
         return jnp.moveaxis(x, 3, 1).reshape(n, g, kv_heads, (heads // kv_heads) * r, *x.shape[5:])
 
     o_r = _heads_last(_merge(tuple(map(by_response, shared)), own), heads).astype(q.dtype)
-    flat = jnp.concatenate([o_p.reshape(-1, *q.shape[1:]), o_r.reshape(-1, *q.shape[1:])])
-    return cells(flat, layout.cell)
+    cells = jnp.concatenate([o_p.reshape(-1, *q.shape[1:]), o_r.reshape(-1, *q.shape[1:])])
+    return _permute(cells, layout.cell, tokens)
 
 
-def decode(q: Array, k: Array, v: Array, prompt: tuple[Array, Array, Array], own: tuple[Array, Array, Array], slots: RowSlots) -> Array:
+@jax.custom_vjp
+def _permute(x: Array, index: Array, inverse: Array) -> Array:
+    """x[index], zeros where the index is out of range; `inverse` undoes it, so that the gradient is a gather too.
+
+    Autodiff would make it a scatter-add, which costs more than the attention itself on CPU.
+    """
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def _permute_forward(x, index, inverse):
+    return _permute(x, index, inverse), (index, inverse)
+
+
+def _permute_backward(saved, gradient):
+    index, inverse = saved
+    return _permute(gradient, inverse, index), None, None
+
+
+_permute.defvjp(_permute_forward, _permute_backward)
+
+
+def decode(
+    q: Array, k: Array, v: Array, prompt: tuple[Array, Array, Array], own: tuple[Array, Array, Array], slots: RowSlots
+) -> Array:
     """One new token of every response row, in one layer.
 
     q [B, H, C]; k, v [B, K, C]: the new token. `prompt` = (k [N, K, P, C], v, length [N]); `own` = (k [B, K, R, C], v,

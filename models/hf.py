@@ -8,8 +8,8 @@ One table, `_TABLE`, says for each of our parameters which tensor holds it there
 read it. Tensors are memory-mapped and read by slices, one stacked parameter at a time and of it only what this process'
 devices hold, so that the host never has the whole model. Every name and shape is checked before the first byte is read.
 
-Departures from transformers: what is missing, superfluous or misshapen is an error, never a warning and a random tensor;
-the end tokens of generation_config.json join those of config.json, because Qwen2.5 and Llama 3 name some only there.
+Departures from transformers: a missing, superfluous or misshapen tensor is an error, never a warning only;
+the end tokens of generation_config.json join those of config.json, since Qwen2.5 and Llama 3 name some only there.
 """
 
 from __future__ import annotations
@@ -56,13 +56,10 @@ _TABLE = {
 _DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16")}
 _TEXTS = ("*.json", "*.jinja", "*.txt")
 _WRITTEN = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|model\.safetensors\.index)\.json"
-    r"|model(-\d{5}-of-\d{5})?\.safetensors|merges\.txt|chat_template\.jinja|tokenizer\.model"
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
+    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|merges\.txt|chat_template\.jinja|tokenizer\.model"
 )
-_METADATA = {
-    "format": "pt",
-    "writer": "models.hf",
-}  # transformers wants the first; `save` knows its own files by the second
 
 
 @dataclass(frozen=True)
@@ -81,9 +78,8 @@ class _Entry:
 
     def export(self, x: np.ndarray) -> np.ndarray:
         """Our array of one layer, as they store it."""
-        return np.ascontiguousarray(
-            x.transpose([self.ours.index(a) for a in "".join(self.theirs)]).reshape(self.their_shape)
-        )
+        order = [self.ours.index(a) for a in "".join(self.theirs)]
+        return np.ascontiguousarray(x.transpose(order).reshape(self.their_shape))
 
     def read(self, tensor: Any, ranges: tuple[slice, ...]) -> np.ndarray:
         """The part of our array of one layer that `ranges` cut out, from their tensor (anything that can be sliced)."""
@@ -168,32 +164,23 @@ def _place(entry: _Entry, tensors: list[Any], dtype: np.dtype, sharding: Shardin
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, tuple[Path, Any]]:
     """Every tensor of the folder: name -> (file, slice to read from). The files stay mapped as long as `stack`."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists() or not index.exists():  # of the two, transformers takes the single file
+        files, source = [single], folder
+    else:
         where = _json(index).get("weight_map")
         if not isinstance(where, dict):
             raise ValueError(f"{index}: no weight_map of tensor to file; download or export the model again")
-        files = [folder / str(name) for name in sorted(set(where.values()))]
-        for file in files:
-            if not file.exists():
-                raise FileNotFoundError(
-                    f"{index}: names {file.name}, which is not there; download or export the model again"
-                )
-    else:
-        files = [folder / "model.safetensors"]
-        if not files[0].exists():
-            raise FileNotFoundError(
-                f"{folder}: neither model.safetensors nor {index.name}; weights are read from safetensors only"
-            )
+        files, source = [folder / str(name) for name in sorted(set(where.values()))], index
     tensors = {}
     for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"{source}: {file.name} is not there; download or export the model again")
         try:
             opened = stack.enter_context(safe_open(file, "np"))
             tensors |= {name: (file, opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{file}: truncated or not safetensors ({_line(error)}); download or export it again"
-            ) from error
+            raise ValueError(f"{file}: truncated or not safetensors ({_line(error)}); get it again") from error
     return tensors
 
 
@@ -202,10 +189,8 @@ def _check(folder: Path, config: DecoderConfig, entries: list[_Entry], tensors: 
     if missing := expected.keys() - tensors.keys():
         raise ValueError(f"{folder}: tensors that config.json implies are missing: {_some(missing)}")
     tied_head = {"lm_head.weight"} if config.tied else set()
-    unexpected = {
-        name for name in tensors.keys() - expected.keys() - tied_head if not name.endswith("rotary_emb.inv_freq")
-    }
-    if unexpected:
+    unexpected = tensors.keys() - expected.keys() - tied_head
+    if unexpected := {name for name in unexpected if not name.endswith("rotary_emb.inv_freq")}:  # of old Llama files
         raise ValueError(f"{folder}: tensors that config.json does not imply: {_some(unexpected)}")
     for name, shape in expected.items():
         file, tensor = tensors[name]
@@ -218,20 +203,22 @@ def _check(folder: Path, config: DecoderConfig, entries: list[_Entry], tensors: 
         pieces = [slice(i, min(i + 8192, config.vocab)) for i in range(0, config.vocab, 8192)]
         same = head.get_shape() == embed.get_shape() and all(np.array_equal(head[x], embed[x]) for x in pieces)
         if not same:
-            raise ValueError(
-                f"{file}: lm_head.weight is not the embedding, but config.json says tie_word_embeddings; set that to false"
-            )
+            raise ValueError(f"{file}: lm_head.weight is not the embedding; set tie_word_embeddings to false")
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a folder or hub id, as transformers reads it. ValueError or FileNotFoundError in one line."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a folder or hub id. ValueError or FileNotFoundError in one line.
+
+    tokenizer.json is taken at its word. AutoTokenizer of transformers 5 is not used: beside a config.json of Qwen2 it
+    takes only the vocabulary from there and splits text as Qwen does, whatever the file says.
+    """
+    from transformers import PreTrainedTokenizerFast
 
     folder = _folder(path, _TEXTS)
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not (folder / "tokenizer.json").exists():
         raise FileNotFoundError(f"{folder}: no tokenizer.json; copy the tokenizer of the model into the folder")
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return PreTrainedTokenizerFast.from_pretrained(str(folder))
     except Exception as error:  # transformers and tokenizers raise a dozen kinds, bare Exception among them
         raise ValueError(f"{folder}: the tokenizer cannot be read ({_line(error)})") from error
 
@@ -269,13 +256,11 @@ def save(
     partial.mkdir(parents=True)
     try:
         _write_json(partial / "config.json", config.to_hf(dtype.name))
-        _write_json(
-            partial / "generation_config.json",
-            {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids) or None},
-        )
+        ends = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids) or None}
+        _write_json(partial / "generation_config.json", ends)
         _write_weights(partial, tensors, dtype, shard_bytes)
         if tokenizer is not None:
-            tokenizer.save_pretrained(str(partial))
+            _write_tokenizer(partial, tokenizer)
         old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
         if target.exists():
             target.rename(old)
@@ -310,20 +295,26 @@ def _write_weights(
     where = {}
     for i, shard in enumerate(shards, 1):
         file = folder / ("model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors")
-        save_file(
-            {
-                name: entry.export(np.asarray(x if layer is None else x[layer]).astype(dtype))
-                for name, entry, x, layer in shard
-            },
-            file,
-            _METADATA,
-        )
+        host = [(name, entry, np.asarray(x if layer is None else x[layer])) for name, entry, x, layer in shard]
+        save_file({name: entry.export(x.astype(dtype)) for name, entry, x in host}, file, {"format": "pt"})
         file.chmod((folder / "config.json").stat().st_mode)  # safetensors makes files that only their owner can read
         where |= {name: file.name for name, *_ in shard}
     if len(shards) > 1:
-        _write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
-        )
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """As transformers 5 writes it, in words that 4.5x knows too (seen failing there with the first two)."""
+    tokenizer.save_pretrained(str(folder))
+    raw = _json(folder / "tokenizer_config.json")
+    if raw.get("tokenizer_class") == "TokenizersBackend":
+        raw["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(raw.get("extra_special_tokens"), list):
+        raw["additional_special_tokens"] = raw.pop("extra_special_tokens")
+    for name in ("backend", "is_local", "local_files_only"):  # of this machine, not of the tokenizer
+        raw.pop(name, None)
+    _write_json(folder / "tokenizer_config.json", raw)
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -335,17 +326,17 @@ def _refuse_foreign(target: Path) -> None:
     foreign = [x.name for x in entries if not _WRITTEN.fullmatch(x.name)]
     if foreign:
         raise ValueError(f"{target}: holds {_some(foreign)}, which an export would delete; choose another folder")
-    weights = [x for x in entries if x.suffix == ".safetensors"]
-    if entries and not (weights and all(_is_ours(x) for x in weights)):
-        raise ValueError(
-            f"{target}: holds a model that was not exported from here, which an export would delete; choose another folder"
-        )
+    if entries and not _is_ours(target):
+        raise ValueError(f"{target}: holds a model that was not exported from here; choose another folder")
 
 
-def _is_ours(file: Path) -> bool:
-    with contextlib.suppress(SafetensorError, OSError), safe_open(file, "np") as opened:
-        return (opened.metadata() or {}).get("writer") == _METADATA["writer"]
-    return False
+def _is_ours(folder: Path) -> bool:
+    """Whether config.json says nothing that `save` would not write; transformers' own and published ones say more."""
+    try:
+        raw = _json(folder / "config.json")
+        return raw.items() <= DecoderConfig.from_hf(raw).to_hf(raw["torch_dtype"]).items()
+    except (ValueError, OSError, KeyError):
+        return False
 
 
 # ---------------------------------------------------------------- small things
@@ -363,9 +354,7 @@ def _folder(path: str | Path, patterns: tuple[str, ...]) -> Path:
 
         return Path(snapshot_download(str(path), allow_patterns=list(patterns)))
     except Exception as error:  # of the hub, of httpx, of the file system: all mean the same here
-        raise FileNotFoundError(
-            f"{path}: no such folder here, and the hub does not give it ({_line(error)})"
-        ) from error
+        raise FileNotFoundError(f"{path}: no such folder, and not to be had from the hub ({_line(error)})") from error
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -400,9 +389,7 @@ def _float(dtype: Any) -> np.dtype:
     except TypeError:
         known = None
     if known not in _DTYPES.values():
-        raise ValueError(
-            f"dtype {dtype} is not supported for weights; use {', '.join(d.name for d in _DTYPES.values())}"
-        )
+        raise ValueError(f"dtype {dtype} is not one of weights; use {', '.join(d.name for d in _DTYPES.values())}")
     return known
 
 

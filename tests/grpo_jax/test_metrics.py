@@ -73,9 +73,7 @@ def test_numbers_that_are_not_finite_become_null_and_numpy_scalars_numbers(tmp_p
     log.step({"step": np.int64(1), "a": math.nan, "b": -math.inf, "c": np.float32(0.5), "d": np.array(2.0), "e": None})
     log.rollouts([{"step": 1, "responses": [{"text": "\udfff", "advantage": math.inf, "truncated": True}]}])
     # before close: each row is handed over when it is written
-    assert (tmp_path / "metrics.jsonl").read_text() == (
-        '{"step": 1, "a": null, "b": null, "c": 0.5, "d": 2.0, "e": null}\n'
-    )
+    assert (tmp_path / "metrics.jsonl").read_text() == ('{"step": 1, "a": null, "b": null, "c": 0.5, "d": 2.0, "e": null}\n')
     row = {"step": 1, "responses": [{"text": "\udfff", "advantage": None, "truncated": True}]}
     assert metrics.read(tmp_path / "rollouts.jsonl") == [row]
     log.close()

@@ -373,9 +373,7 @@ def test_an_unknown_kind_names_the_nearest():
 @PROPERTY
 @given(
     st.text(st.characters(codec=None))
-    | st.lists(st.sampled_from([*FRAGMENTS, "{", "}", '"name":', '"arguments":', '"f"', ",", "1", "\\", "null"])).map(
-        "".join
-    ),
+    | st.lists(st.sampled_from([*FRAGMENTS, "{", "}", '"name":', '"arguments":', '"f"', ",", "1", "\\", "null"])).map("".join),
     st.sampled_from([[], [F1], [F1, G]]),
     st.booleans(),
 )
@@ -477,9 +475,7 @@ def test_a_kind_scores_each_response_of_a_group(kind):
 
 
 def test_a_reward_of_the_users_own_sees_the_group_once(own):
-    scored = resolve(own("[len(responses), responses[2].truncated, example.answer[0]['arguments']['a'] / 2]"))(
-        GROUP, EXAMPLE
-    )
+    scored = resolve(own("[len(responses), responses[2].truncated, example.answer[0]['arguments']['a'] / 2]"))(GROUP, EXAMPLE)
     assert scored == [Scored(3.0, "custom", {}), Scored(1.0, "custom", {}), Scored(0.5, "custom", {})]
     assert all(type(one.value) is float for one in scored)
 

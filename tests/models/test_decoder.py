@@ -16,9 +16,7 @@ from models.attention import causal as causal_attention
 from models.decoder import SIZES, DecoderConfig, RopeScaling
 
 QWEN = DecoderConfig("qwen2", 31, 24, 40, 3, 6, 2, 4, tied=False, norm_eps=1e-5)
-LLAMA = DecoderConfig(
-    "llama", 29, 18, 20, 2, 9, 3, 2, rope_theta=1e4, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16), tied=True
-)
+LLAMA = DecoderConfig("llama", 29, 18, 20, 2, 9, 3, 2, rope_theta=1e4, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16), tied=True)
 CONFIGS = pytest.mark.parametrize("config", [QWEN, LLAMA], ids=["qwen2", "llama"])
 logits = jax.jit(decoder.logits, static_argnums=0)
 
@@ -29,6 +27,14 @@ def random_params(config, dtype=np.float64, seed=0):
     return jax.tree.map(
         lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape) + (x.shape[-1:] == x.shape), dtype), decoder.shapes(config)
     )
+
+
+def alone(config, params, *parts):
+    """The logits of one sequence, computed by itself; padded to one width so that it is compiled once."""
+    tokens = np.concatenate(parts)
+    padded = np.zeros((1, 12), int)
+    padded[0, : len(tokens)] = tokens
+    return logits(config, params, padded, np.array([len(tokens)]))[0, : len(tokens)]
 
 
 # ---------------------------------------------------------------- configs and shapes
@@ -65,8 +71,8 @@ def test_init_fills_the_declared_shapes():
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
         lambda x: (x.shape, x.dtype), decoder.shapes(QWEN)
     )
-    kernels = params["layers"]["ff"]["gate"]
-    assert abs(float(kernels.std()) - 0.02) < 0.002 and not np.array_equal(kernels[0], kernels[1])
+    kernels = np.asarray(params["layers"]["ff"]["gate"])
+    assert abs(kernels.std() - 0.02) < 0.002 and not np.array_equal(kernels[0], kernels[1])
     np.testing.assert_array_equal(params["layers"]["ff_norm"]["scale"], 1)
     np.testing.assert_array_equal(params["layers"]["attention"]["q_bias"], 0)
 
@@ -194,6 +200,7 @@ def test_padding_and_its_content_change_nothing(x64, config):
     for b, length in enumerate(lengths):
         longer[b, :length] = tokens[b, :length]
         np.testing.assert_array_equal(out[b, length:], 0)
+        np.testing.assert_allclose(out[b, :length], alone(config, params, tokens[b, :length]), rtol=0, atol=1e-13)
     np.testing.assert_allclose(logits(config, params, longer, lengths)[:, :7], out, rtol=0, atol=1e-13)
 
 
@@ -220,22 +227,19 @@ def test_packed_groups_equal_the_copied_sequences(x64, config):
     flat = jax.jit(
         lambda params: decoder.unembed(
             params,
-            decoder.hidden(
-                config, params, tokens[None], positions[None], lambda q, k, v, _: (packed(q, k, v, layout), None)
-            )[0],
+            decoder.hidden(config, params, tokens[None], positions[None], lambda q, k, v, _: (packed(q, k, v, layout), None))[
+                0
+            ],
         )
     )(params)[0]
     for start, length in zip(starts, lengths, strict=False):
-        alone = np.r_[tokens[:p], tokens[start : start + length]]
-        expected = logits(config, params, alone[None], np.array([p + length]))[0]
-        np.testing.assert_allclose(
-            np.concatenate([flat[:p], flat[start : start + length]]), expected, rtol=0, atol=1e-12
-        )
+        expected = alone(config, params, tokens[:p], tokens[start : start + length])
+        np.testing.assert_allclose(np.concatenate([flat[:p], flat[start : start + length]]), expected, rtol=0, atol=1e-12)
 
 
 @CONFIGS
 def test_prefill_and_decode_equal_logits_of_the_whole_sequence(x64, config):
-    """Three ragged prompts, two slots each, one of them empty; rows start at different steps, in an order of their own."""
+    """Three ragged prompts, two slots each, one of them empty; rows out of order, from different steps."""
     params, rng = random_params(config), np.random.default_rng(3)
     n, s, p, r = 3, 2, 6, 5
     p_length = np.array([6, 2, 4])
@@ -250,18 +254,14 @@ def test_prefill_and_decode_equal_logits_of_the_whole_sequence(x64, config):
 
     cache, last = jax.jit(decoder.prefill, static_argnums=0)(config, params, prompts, p_length)
     assert cache.k.shape == (config.layers, n, config.kv_heads, p, config.head_dim)
-    rubbish = 5.0 * rng.normal(
-        size=(2, config.layers, b, config.kv_heads, r, config.head_dim)
-    )  # what earlier rows left
+    rubbish = 5.0 * rng.normal(size=(2, config.layers, b, config.kv_heads, r, config.head_dim))  # what earlier rows left
     own = ResponseCache(*map(jnp.asarray, rubbish), jnp.zeros(b, jnp.int32))
     step = jax.jit(decoder.decode_step, static_argnums=0)
     hidden = np.zeros((b, r + 1, config.d_model))
     hidden[:, 0] = np.asarray(last)[group]
     for t in range(8):
         at = np.asarray(own.length)
-        x, own = step(
-            config, params, responses[np.arange(b), np.minimum(at, r - 1)], jnp.asarray(group), cache, own, slots
-        )
+        x, own = step(config, params, responses[np.arange(b), np.minimum(at, r - 1)], jnp.asarray(group), cache, own, slots)
         live = (start <= t) & (at < length)
         hidden[live, at[live] + 1] = np.asarray(x)[live]
         own = ResponseCache(own.k, own.v, jnp.where(live, own.length, at))  # a row that waits writes over its own cell
@@ -269,9 +269,9 @@ def test_prefill_and_decode_equal_logits_of_the_whole_sequence(x64, config):
     np.testing.assert_array_equal(own.length, length)
     found = decoder.unembed(params, jnp.asarray(hidden))
     for i in range(b):
-        whole = np.r_[prompts[group[i], : p_length[group[i]]], responses[i, : length[i]]]
-        expected = logits(config, params, whole[None], np.array([len(whole)]))[0]
-        np.testing.assert_allclose(found[i, : length[i] + 1], expected[p_length[group[i]] - 1 :], rtol=0, atol=1e-12)
+        prompt = prompts[group[i], : p_length[group[i]]]
+        expected = alone(config, params, prompt, responses[i, : length[i]])[len(prompt) - 1 :]
+        np.testing.assert_allclose(found[i, : length[i] + 1], expected, rtol=0, atol=1e-12)
 
 
 def test_a_full_response_cache_drops_what_does_not_fit(x64):
@@ -293,7 +293,8 @@ def test_a_full_response_cache_drops_what_does_not_fit(x64):
 
 
 def test_remat_gives_the_same_gradient(x64):
-    config, params = QWEN, random_params(QWEN)
+    config = replace(QWEN, layers=2)
+    params = random_params(config)
     tokens = np.random.default_rng(4).integers(0, config.vocab, (2, 6))
     positions = np.broadcast_to(np.arange(6), tokens.shape)
 
@@ -306,5 +307,5 @@ def test_remat_gives_the_same_gradient(x64):
 
     plain, again = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, remat) for remat in (False, True))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
-        assert jnp.abs(a).max() > 0
+        assert np.abs(a).max() > 0
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)

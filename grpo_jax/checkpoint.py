@@ -1,0 +1,156 @@
+"""Checkpoints of a run, and its right to resume.
+
+    compare        whether the run's folder holds nothing, or the same run; anything else is refused
+    claim          the folder and its config.json
+    Checkpoints    asynchronous, atomic saves by Orbax of a state (a pytree of arrays) and `meta` (plain JSON)
+    fingerprint    a short hash of anything in JSON: data, template, tokenizer
+
+Orbax writes a checkpoint beside its place and renames it, so a kill leaves none or a whole one. It does not notice a
+byte that flipped later; so `meta` also holds, for every array, the modular sum of its bits, which does not depend on how
+the array is sharded, and restoring compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax import Array
+
+from grpo_jax import config as configs
+
+State = Any
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was found whole."""
+
+    step: int
+    state: State
+    meta: dict[str, Any]
+
+
+def fingerprint(value: Any) -> str:
+    """16 hex digits of the SHA-256 of the value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def compare(config: Any, program: str) -> list[str]:
+    """Whether the run's folder can take this config; changes nothing.
+
+    Returns the operational fields that changed since the run began, as "field: old -> new". Raises ValueError, naming
+    them, where identity fields differ, where the folder is of another program, and where it holds something that is no run.
+    """
+    folder = Path(config.run.dir)
+    file = folder / "config.json"
+    if not file.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} is not empty and holds no run (no config.json); choose another --run.dir")
+        return []
+    try:
+        before = json.loads(file.read_text())
+        owner = before.pop("program")
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{file}: not the config of a run; choose another --run.dir, or delete the folder") from None
+    if owner != program:
+        raise ValueError(f"{folder} holds a run of {owner}, not of {program}; choose another --run.dir")
+    identity, changed = configs.differences(before, configs.to_dict(config))
+    if identity:
+        raise ValueError(
+            f"{folder} holds a run with other values of {'; '.join(identity)}; give the old values, or another --run.dir"
+        )
+    return changed
+
+
+def claim(config: Any, program: str) -> None:
+    """Makes the run's folder and writes its config.json, whole or not at all."""
+    folder = Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "config.tmp"
+    partial.write_text(json.dumps({"program": program, **configs.to_dict(config)}, indent=2) + "\n")
+    os.replace(partial, folder / "config.json")
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run."""
+
+    def __init__(self, run_dir: str | Path, keep: int):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file it touches
+        self._folder = (Path(run_dir) / "checkpoints").resolve()
+        self._keep = keep
+        self._manager: ocp.CheckpointManager | None = None
+
+    def restore(self, like: State, warn: Callable[[str], None]) -> Restored | None:
+        """The newest checkpoint that is whole, or None where there is none at all.
+
+        `like` is a pytree of arrays with the shapes, dtypes and shardings to restore to. A damaged checkpoint is warned
+        about and, once an older one is found whole, renamed to damaged-STEP. Raises ValueError where all are damaged.
+        """
+        steps = sorted((int(p.name) for p in self._folder.glob("*") if p.name.isdigit()), reverse=True)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        damaged: list[tuple[int, str]] = []
+        for step in steps:
+            try:
+                restored = self._read(step, abstract)
+            except Exception as error:  # Orbax and tensorstore raise a dozen kinds for a file cut short
+                damaged.append((step, " ".join(str(error).split())[:200] or type(error).__name__))
+                continue
+            for bad, why in damaged:
+                warn(
+                    f"checkpoint {self._folder / str(bad)} is damaged ({why}); set aside as damaged-{bad}, going on from step {step}"
+                )
+                (self._folder / str(bad)).rename(self._folder / f"damaged-{bad}")
+            return restored
+        if damaged:
+            raise ValueError(
+                f"{self._folder}: every checkpoint is damaged (step {damaged[0][0]}: {damaged[0][1]}); restore one from a backup, or choose another --run.dir"
+            )
+        return None
+
+    def _read(self, step: int, abstract: State) -> Restored:
+        with ocp.CheckpointManager(self._folder) as manager:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+            found = manager.restore(step, args=args)
+        for (name, value), expected in zip(checksums(found.state).items(), found.meta["checksums"].values(), strict=True):
+            if value != expected:
+                raise ValueError(f"the checksum of {name} is {value}, not {expected}")
+        return Restored(step, found.state, found.meta)
+
+    def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
+        """Starts saving; returns once the state is copied, so that its buffers may be donated."""
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True)
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        meta = {**meta, "step": step, "checksums": checksums(state)}
+        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
+
+    def close(self) -> None:
+        """Waits for a save under way."""
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+
+def checksums(state: State) -> dict[str, int]:
+    """For every array, by its path: the sum of its bits as unsigned integers, modulo 2**32."""
+    paths = jax.tree_util.tree_leaves_with_path(state)
+    sums = jax.device_get(_sums([leaf for _, leaf in paths]))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): int(value) for (path, _), value in zip(paths, sums, strict=True)
+    }
+
+
+@jax.jit
+def _sums(leaves: list[Array]) -> list[Array]:
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
+    return [jax.lax.bitcast_convert_type(x, bits[x.dtype.itemsize]).astype(jnp.uint32).sum(dtype=jnp.uint32) for x in leaves]

@@ -1,0 +1,120 @@
+"""What every training program does around its loop: claim or resume the run's folder, keep its files, export at the end."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grpo_jax import checkpoint, console, inputs, learner, metrics
+from grpo_jax.inputs import Policy, Tasks
+from grpo_jax.learner import Objective
+from models import hf
+from models.decoder import Params
+
+
+@dataclass
+class Run:
+    """A run that is open: its state on the devices, and its files."""
+
+    config: Any  # TrainConfig or SftConfig
+    policy: Policy  # its parameters are gone: they became `state` and `reference`
+    state: dict[str, Any]  # {"params", "optimizer"}
+    reference: Params | None  # the initial weights in the compute dtype, where a KL term wants them
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    step: int  # of the checkpoint it resumed from; 0 for a new run
+    meta: dict[str, Any]
+    log: metrics.Log
+    checkpoints: checkpoint.Checkpoints
+
+
+def open_run(config: Any, program: str, policy: Policy, tasks: Tasks, objective: Objective, optimizer_steps: int) -> Run:
+    """Resumes the run from its newest whole checkpoint, or begins it.
+
+    Raises ValueError where model, tokenizer or data changed since, and where every checkpoint is damaged.
+    """
+    changed = checkpoint.compare(config, program)
+    optimizer, schedule = learner.make_optimizer(config.optimizer, optimizer_steps)
+    meta = {
+        "program": program,
+        "fingerprints": inputs.fingerprints(policy, tasks),
+        "resolved": {"device": jax.devices()[0].device_kind, "dtype": objective.dtype},
+    }
+    reference = jax.tree.map(jnp.copy, learner.cast(policy.params, objective.dtype)) if objective.kl_coefficient else None
+    state = {"params": policy.params, "optimizer": jax.jit(optimizer.init)(policy.params)}
+    checkpoints = checkpoint.Checkpoints(config.run.dir, config.checkpoint.keep)
+    restored = checkpoints.restore(state, console.warn)
+    if restored is not None:
+        for name, value in meta["fingerprints"].items():
+            if restored.meta["fingerprints"].get(name) != value:
+                raise ValueError(
+                    f"{config.run.dir}: the run began with other {name.replace('_', ' ')}; restore them, or choose another --run.dir"
+                )
+        state = restored.state
+    checkpoint.claim(config, program)
+    step = restored.step if restored else 0
+    if restored is not None:
+        console.header(f"resuming {config.run.dir} after step {step}", [("changed", c) for c in changed])
+    log = metrics.Log.open(config.run.dir, step, config.run.tensorboard)
+    return Run(config, policy, state, reference, objective, optimizer, schedule, step, meta, log, checkpoints)
+
+
+def finish(run: Run) -> None:
+    """Waits for the last checkpoint, writes the Hugging Face folder, draws the curves, and says what came of it."""
+    folder = Path(run.config.run.dir)
+    run.checkpoints.close()
+    run.log.close()
+    params = jax.device_get(run.state["params"])
+    hf.save(folder / "hf", run.policy.model, params, run.policy.tokenizer, dtype=run.config.export.dtype)
+    drawn = metrics.curves(folder)
+    validated = [row for row in metrics.read(folder / "metrics.jsonl") if "val/accuracy" in row or "val/loss" in row]
+    places = [
+        ("metrics", str(folder / "metrics.jsonl")),
+        ("rollouts", str(folder / "rollouts.jsonl")),
+        ("curves", str(drawn)),
+        ("checkpoints", str(folder / "checkpoints")),
+        ("model", str(folder / "hf")),
+    ]
+    first, last = ({k: v for k, v in row.items() if k.startswith("val/")} for row in (validated[0], validated[-1])) if validated else ({}, {})
+    console.closing(first, last, places)
+
+
+class Clock:
+    """Seconds a step spends in each phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            **{f"time/{phase}": s for phase, s in self.seconds.items()},
+            "time/step": time.perf_counter() - self._began,
+        }
+
+
+def memory() -> dict[str, float]:
+    """Peak memory of this process, and of its first device where that tells, in GB."""
+    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    peak = {"memory/host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9}
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        peak["memory/device_gb"] = stats["peak_bytes_in_use"] / 1e9
+    return peak

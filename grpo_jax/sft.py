@@ -1,0 +1,116 @@
+"""Supervised fine-tuning, by the way of the data that GRPO takes: a group of one response, cross-entropy on its tokens.
+
+`python -m grpo_jax.sft --help`. A row is imitated by its "response", or by its right calls after its "reasoning"
+(data.prompt.target). The result is a Hugging Face folder to start GRPO from: `grpo_jax.train --model.path RUN/hf`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from grpo_jax import checkpoint, config, console, inputs, learner, mesh, packing
+from grpo_jax.config import SftConfig
+from grpo_jax.console import Progress
+from grpo_jax.group import Group
+from grpo_jax.inputs import Task
+from grpo_jax.learner import Objective
+from grpo_jax.packing import Pack
+from grpo_jax.run import Clock, Run, finish, memory, open_run
+
+
+def sft(cfg: SftConfig) -> None:
+    """Runs, or resumes, the run of `cfg.run.dir`. Raises ValueError or FileNotFoundError for what a user can mend."""
+    checkpoint.compare(cfg, "grpo_jax.sft")
+    if cfg.learner.tokens_per_microbatch < cfg.batch.max_tokens:
+        raise ValueError(
+            f"--learner.tokens_per_microbatch {cfg.learner.tokens_per_microbatch} is less than --batch.max_tokens {cfg.batch.max_tokens}; raise it"
+        )
+    device_mesh = mesh.make(cfg.mesh)
+    policy = inputs.load_policy(cfg.model.path, device_mesh)
+    tasks = inputs.load_tasks(cfg.data, policy, cfg.batch.max_tokens, cfg.run.seed, cfg.validation.limit, with_target=True)
+    steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.batch.rows_per_step)
+    objective = Objective("cross_entropy", dtype=inputs.compute_dtype(cfg.learner), remat=cfg.learner.remat)
+    console.header(
+        f"SFT: {cfg.model.path}",
+        [
+            (
+                "data",
+                f"{len(tasks.train):,} training rows, {len(tasks.validation):,} for validation; dropped {dict(tasks.dropped)}",
+            ),
+            ("run", f"{steps:,} steps of {cfg.batch.rows_per_step} rows, in {cfg.run.dir}"),
+        ],
+    )
+    run = open_run(cfg, "grpo_jax.sft", policy, tasks, objective, steps)
+    with Progress(steps, run.step) as show:
+        if run.step == 0:
+            report(run, show, {"step": 0, **validate(run, tasks.validation, device_mesh, show)})
+        for step in range(run.step + 1, steps + 1):
+            clock = Clock()
+            batch = inputs.batch(tasks.train, cfg.batch.rows_per_step, cfg.run.seed, step)
+            with clock.time("update"):
+                packs, tokens = pack(batch, cfg.learner.tokens_per_microbatch, device_mesh)
+                params, optimizer, sums = learner.update(
+                    policy.model, objective, run.optimizer, run.state["params"], run.state["optimizer"], packs
+                )
+                run.state = {"params": params, "optimizer": optimizer}
+                sums = jax.device_get(sums)
+            row = {
+                "step": step,
+                "epoch": step * len(batch) / len(tasks.train),
+                "loss": float(sums["loss"] / max(sums["count"], 1)),
+            }
+            row |= {
+                "grad_norm": float(sums["grad_norm"]),
+                "learner/tokens_per_second": tokens / clock.seconds["update"],
+            }
+            row |= clock.metrics() | memory()
+            if step == steps or (cfg.validation.every and step % cfg.validation.every == 0):
+                row |= validate(run, tasks.validation, device_mesh, show)
+            report(run, show, row)
+            if step == steps or step % cfg.checkpoint.every == 0:
+                run.checkpoints.save(step, run.state, {**run.meta, "data_position": step * len(batch)})
+    finish(run)
+
+
+def group_of(task: Task) -> Group:
+    """A row as a group of one; no sampler, so no log-probs."""
+    return Group(task.prompt, (task.target,), (np.zeros(len(task.target), np.float32),), (False,))
+
+
+def pack(batch: Sequence[Task], budget: int, device_mesh: Mesh) -> tuple[list[Pack], int]:
+    """The micro-batches on the devices, and their real tokens."""
+    packed = packing.pack([group_of(task) for task in batch], budget, mesh.shards(device_mesh))
+    return [packing.place(p, mesh.rows(device_mesh)) for p in packed.packs], packed.tokens
+
+
+def validate(run: Run, tasks: Sequence[Task], device_mesh: Mesh, show: Progress) -> dict[str, float]:
+    """Mean cross-entropy of the held-out targets, in nats a token."""
+    if not tasks:
+        return {}
+    show.phase("validation")
+    packs, _ = pack(tasks, run.config.learner.tokens_per_microbatch, device_mesh)
+    total = count = 0.0
+    for one in packs:
+        logp = learner.logprobs(run.policy.model, run.objective, run.state["params"], one)
+        total -= float((logp * one.mask).sum())
+        count += int(one.mask.sum())
+    return {"val/loss": total / count}
+
+
+def report(run: Run, show: Progress, row: dict) -> None:
+    row["learning_rate"] = float(run.schedule(max(0, row["step"] - 1)))
+    run.log.step(row)
+    show.step(row)
+
+
+def main() -> None:
+    sft(config.parse(SftConfig, "grpo_jax.sft", sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    config.run_main(main)

@@ -1,0 +1,306 @@
+"""GRPO as Tool-N1 runs it: sample groups, score them, take advantages, pack, learn. `python -m grpo_jax.train --help`
+
+From a prompt to a gradient:
+
+    rollout.sample          prompts -> groups of responses, each prompt computed once
+    score                   groups -> rewards, in plain Python on the host
+    loss.group_advantages   rewards -> advantages
+    packing.pack            groups -> packs of one compiled shape
+    learner.update          packs -> gradient, optimizer step
+
+Departures from the released Tool-N1 code: one mean over all response tokens of a mini-batch (see grpo_jax.loss); the
+sampler's log-probs serve as the old ones, since sampler and learner share weights and code, and their distance is
+measured every step.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from grpo_jax import checkpoint, config, console, inputs, learner, loss, mesh, metrics, packing, reward, rollout
+from grpo_jax.config import TrainConfig
+from grpo_jax.console import Progress
+from grpo_jax.group import Group
+from grpo_jax.inputs import Policy, Task, Tasks
+from grpo_jax.learner import Objective
+from grpo_jax.packing import Pack
+from grpo_jax.reward import Response, Reward, Scored
+from grpo_jax.rollout import Sampling, Usage
+from grpo_jax.run import Clock, Run, finish, memory, open_run
+
+
+def train(cfg: TrainConfig) -> None:
+    """Runs, or resumes, the run of `cfg.run.dir`. Raises ValueError or FileNotFoundError for what a user can mend."""
+    score_group = check(cfg)
+    device_mesh = mesh.make(cfg.mesh)
+    policy = inputs.load_policy(cfg.model.path, device_mesh)
+    tasks = inputs.load_tasks(cfg.data, policy, cfg.rollout.max_prompt_tokens, cfg.run.seed, cfg.validation.limit)
+    steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.rollout.prompts_per_step)
+    sampling = sampling_of(cfg.rollout, policy)
+    introduce(cfg, tasks, steps, device_mesh)
+    run = open_run(cfg, "grpo_jax.train", policy, tasks, objective_of(cfg), steps * minibatches(cfg))
+    with Progress(steps, run.step) as show:
+        if run.step == 0:
+            report(run, show, {"step": 0, **validate(run, tasks.validation, sampling, score_group, device_mesh, show)})
+        for step in range(run.step + 1, steps + 1):
+            clock = Clock()
+            batch = inputs.batch(tasks.train, cfg.rollout.prompts_per_step, cfg.run.seed, step)
+            with clock.time("rollout"):
+                groups, usage = sample(run, batch, sampling, device_mesh, show, step)
+            with clock.time("reward"):
+                texts, scored = score(policy, batch, groups, score_group)
+                rewards = np.array([[s.value for s in row] for row in scored])
+                advantages = np.asarray(loss.group_advantages(rewards, normalize=cfg.loss.normalize))
+                groups = [replace(g, advantages=a) for g, a in zip(groups, advantages, strict=True)]
+            minibatch_packs = pack(run, groups, device_mesh)
+            with clock.time("reference"):
+                minibatch_packs = add_reference(run, minibatch_packs, show)
+            with clock.time("update"):
+                learned = learn(run, minibatch_packs, show)
+            row = {
+                "step": step,
+                "epoch": step * len(batch) / len(tasks.train),
+                **metrics.summarize(groups, scored),
+                **learned,
+            }
+            row |= speeds(groups, usage, clock) | memory()
+            if step == steps or (cfg.validation.every and step % cfg.validation.every == 0):
+                row |= validate(run, tasks.validation, sampling, score_group, device_mesh, show)
+            run.log.rollouts(rollout_rows(step, batch, groups, texts, scored, policy))
+            report(run, show, row)
+            if step == steps or step % cfg.checkpoint.every == 0:
+                run.checkpoints.save(step, run.state, {**run.meta, "data_position": step * len(batch)})
+    finish(run)
+
+
+def check(cfg: TrainConfig) -> Reward:
+    """Everything that can be refused before anything is read; returns the reward function."""
+    if cfg.rollout.top_p != 1 or cfg.rollout.top_k != 0:
+        raise ValueError(
+            "--rollout.top_p must be 1 and --rollout.top_k 0 in training: the log-probs in the loss are of the whole distribution"
+        )
+    if cfg.rollout.temperature <= 0:
+        raise ValueError(f"--rollout.temperature {cfg.rollout.temperature}: training samples, so it must be above 0")
+    if cfg.rollout.group_size == 1 and cfg.loss.normalize == "std":
+        raise ValueError(
+            "--rollout.group_size 1 with --loss.normalize std: one response has no spread to divide by; take 2 or more, or --loss.normalize mean_only"
+        )
+    longest = cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
+    if cfg.learner.tokens_per_microbatch < longest:
+        raise ValueError(
+            f"--learner.tokens_per_microbatch {cfg.learner.tokens_per_microbatch} holds no longest prompt and response ({longest} tokens); "
+            "raise it, or lower --rollout.max_prompt_tokens or --rollout.max_response_tokens"
+        )
+    checkpoint.compare(cfg, "grpo_jax.train")
+    return reward.resolve(cfg.reward.kind)
+
+
+def sampling_of(settings: config.Rollout, policy: Policy) -> Sampling:
+    return Sampling(
+        policy.end_tokens, settings.group_size, settings.max_response_tokens, settings.temperature,
+        decode_steps_per_call=settings.decode_steps_per_call, rows=settings.rows,
+    )  # fmt: skip
+
+
+def objective_of(cfg: TrainConfig) -> Objective:
+    return Objective(
+        "grpo", cfg.rollout.temperature, cfg.loss.clip_low, cfg.loss.clip_high, cfg.loss.kl_coefficient, cfg.loss.kl_kind,
+        cfg.loss.entropy_coefficient, inputs.compute_dtype(cfg.learner), cfg.learner.remat,
+    )  # fmt: skip
+
+
+def minibatches(cfg: TrainConfig) -> int:
+    """Optimizer steps a step."""
+    return cfg.learner.passes * -(-cfg.rollout.prompts_per_step // cfg.learner.prompts_per_minibatch)
+
+
+def introduce(cfg: TrainConfig, tasks: Tasks, steps: int, device_mesh: Mesh) -> None:
+    """Prints the arithmetic of the run."""
+    n, g = cfg.rollout.prompts_per_step, cfg.rollout.group_size
+    dropped = ", ".join(f"{reason} {count:,}" for reason, count in tasks.dropped.items())
+    console.header(
+        f"GRPO: {cfg.model.path}",
+        [
+            (
+                "data",
+                f"{len(tasks.train):,} training rows, {len(tasks.validation):,} for validation"
+                + (f"; dropped: {dropped}" if dropped else ""),
+            ),
+            (
+                "a step",
+                f"{n:,} prompts x {g} = {n * g:,} responses, {minibatches(cfg)} optimizer step(s) of {min(n, cfg.learner.prompts_per_minibatch):,} prompts",
+            ),
+            (
+                "a micro-batch",
+                f"at most {cfg.learner.tokens_per_microbatch:,} tokens a device, prompts counted once a group",
+            ),
+            ("run", f"{steps:,} steps = {steps * n / len(tasks.train):.3g} epochs, in {cfg.run.dir}"),
+            (
+                "devices",
+                f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(device_mesh.shape)}, {inputs.compute_dtype(cfg.learner)}",
+            ),
+        ],
+    )
+
+
+def sample(
+    run: Run, batch: Sequence[Task], sampling: Sampling, device_mesh: Mesh, show: Progress, step: int
+) -> tuple[list[Group], Usage]:
+    params = learner.cast(run.state["params"], run.objective.dtype)
+    prompts = [task.prompt for task in batch]
+    progress = lambda done, total: show.phase("rollout", done, total)  # noqa: E731
+    seed, axes = run.config.run.seed, mesh.ROW_AXES
+    return rollout.sample(
+        run.policy.model,
+        params,
+        prompts,
+        sampling,
+        seed=seed,
+        step=step,
+        mesh=device_mesh,
+        row_axes=axes,
+        progress=progress,
+    )
+
+
+def score(
+    policy: Policy, batch: Sequence[Task], groups: Sequence[Group], score_group: Reward
+) -> tuple[list[list[str]], list[list[Scored]]]:
+    """The texts of all responses, without their end-of-turn token, and their scores."""
+    texts, scored = [], []
+    for task, group in zip(batch, groups, strict=True):
+        ids = [r if cut else r[:-1] for r, cut in zip(group.responses, group.truncated, strict=True)]
+        # Special tokens stay: where a tokenizer calls the format's tags special, they must not vanish from the text.
+        decoded = [policy.tokenizer.decode(r, skip_special_tokens=False) for r in ids]
+        responses = [Response(t, len(r), cut) for t, r, cut in zip(decoded, group.responses, group.truncated, strict=True)]
+        texts.append(decoded)
+        scored.append(score_group(responses, task.example))
+    return texts, scored
+
+
+def pack(run: Run, groups: Sequence[Group], device_mesh: Mesh) -> list[list[Pack]]:
+    """The micro-batches of each mini-batch, on the devices."""
+    if run.config.loss.skip_zero_variance:
+        groups = [g for g in groups if np.any(g.advantages != 0)]
+    size, budget = run.config.learner.prompts_per_minibatch, run.config.learner.tokens_per_microbatch
+    packed = [packing.pack(groups[i : i + size], budget, mesh.shards(device_mesh)) for i in range(0, len(groups), size)]
+    return [[packing.place(p, mesh.rows(device_mesh)) for p in one.packs] for one in packed]
+
+
+def add_reference(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -> list[list[Pack]]:
+    """Packs with the reference's log-probs, and with the old ones recomputed where the config wants that."""
+    if run.reference is None and not run.config.learner.recompute_old_logp:
+        return minibatch_packs
+    show.phase("reference")
+    logprobs = lambda params, pack: learner.logprobs(run.policy.model, run.objective, params, pack)  # noqa: E731
+
+    def added(pack: Pack) -> Pack:
+        if run.config.learner.recompute_old_logp:
+            pack = replace(pack, old_logp=logprobs(run.state["params"], pack))
+        return pack if run.reference is None else replace(pack, ref_logp=logprobs(run.reference, pack))
+
+    return jax.block_until_ready([[added(pack) for pack in packs] for packs in minibatch_packs])
+
+
+def learn(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -> dict[str, Any]:
+    """One optimizer step a mini-batch and pass; changes `run.state`."""
+    done, total = [], run.config.learner.passes * len(minibatch_packs)
+    for packs in minibatch_packs * run.config.learner.passes:
+        show.phase("update", len(done), total)
+        params, optimizer, sums = learner.update(
+            run.policy.model, run.objective, run.optimizer, run.state["params"], run.state["optimizer"], packs
+        )
+        run.state = {"params": params, "optimizer": optimizer}
+        done.append(jax.device_get(sums))
+    return learner.step_metrics(done) if done else {}  # no group had anything to teach
+
+
+def validate(
+    run: Run, tasks: Sequence[Task], sampling: Sampling, score_group: Reward, device_mesh: Mesh, show: Progress
+) -> dict[str, Any]:
+    """Greedy responses to the held-out rows: the share with a reward of at least 1, and the reasons."""
+    if not tasks:
+        return {}
+    clock = Clock()
+    greedy = replace(sampling, temperature=0.0, group_size=1)
+    params = learner.cast(run.state["params"], run.objective.dtype)
+    with clock.time("validation"):
+        groups, _ = rollout.sample(
+            run.policy.model, params, [t.prompt for t in tasks], greedy, mesh=device_mesh, row_axes=mesh.ROW_AXES,
+            progress=lambda done, total: show.phase("validation", done, total),
+        )  # fmt: skip
+        _, scored = score(run.policy, tasks, groups, score_group)
+    shares = {k: v for k, v in metrics.summarize(groups, scored).items() if k.startswith(("reason/", "response_tokens/mean"))}
+    accuracy = sum(row[0].value >= 1 for row in scored) / len(scored)
+    return {
+        "val/accuracy": accuracy,
+        **{f"val/{k}": v for k, v in shares.items()},
+        "time/validation": clock.seconds["validation"],
+    }
+
+
+def speeds(groups: Sequence[Group], usage: Usage, clock: Clock) -> dict[str, float]:
+    times = clock.metrics()
+    learning = times["time/update"] + times["time/reference"]
+    return {
+        **times,
+        "rollout/tokens_per_second": usage.tokens / times["time/rollout"],
+        "rollout/slot_utilization": usage.tokens / usage.row_steps,
+        "learner/tokens_per_second": sum(g.tokens for g in groups) / learning,
+    }
+
+
+def rollout_rows(
+    step: int,
+    batch: Sequence[Task],
+    groups: Sequence[Group],
+    texts: list[list[str]],
+    scored: list[list[Scored]],
+    policy: Policy,
+) -> list[dict]:
+    """The rows of rollouts.jsonl: one a group."""
+    rows = []
+    for task, group, decoded, scores in zip(batch, groups, texts, scored, strict=True):
+        responses = [
+            {
+                "text": t,
+                "token_count": len(r),
+                "truncated": cut,
+                "value": s.value,
+                "reason": s.reason,
+                "advantage": float(a),
+            }
+            for t, r, cut, s, a in zip(decoded, group.responses, group.truncated, scores, group.advantages, strict=True)
+        ]
+        prompt = policy.tokenizer.decode(group.prompt, skip_special_tokens=False)
+        rows.append(
+            {
+                "step": step,
+                "id": task.example.id,
+                "prompt": prompt,
+                "answer": list(task.example.answer),
+                "responses": responses,
+            }
+        )
+    return rows
+
+
+def report(run: Run, show: Progress, row: dict[str, Any]) -> None:
+    row["learning_rate"] = float(run.schedule(max(0, row["step"] * minibatches(run.config) - 1)))
+    run.log.step(row)
+    show.step(row)
+
+
+def main() -> None:
+    train(config.parse(TrainConfig, "grpo_jax.train", sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    config.run_main(main)
