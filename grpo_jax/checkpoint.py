@@ -106,15 +106,14 @@ class Checkpoints:
                 damaged.append((step, " ".join(str(error).split())[:200] or type(error).__name__))
                 continue
             for bad, why in damaged:
-                warn(
-                    f"checkpoint {self._folder / str(bad)} is damaged ({why}); set aside as damaged-{bad}, going on from step {step}"
-                )
-                (self._folder / str(bad)).rename(self._folder / f"damaged-{bad}")
+                aside = self._folder / f"damaged-{bad}"
+                warn(f"checkpoint {self._folder / str(bad)} is damaged ({why}); now {aside.name}, going on from step {step}")
+                (self._folder / str(bad)).rename(aside)
             return restored
         if damaged:
-            raise ValueError(
-                f"{self._folder}: every checkpoint is damaged (step {damaged[0][0]}: {damaged[0][1]}); restore one from a backup, or choose another --run.dir"
-            )
+            step, why = damaged[0]
+            mend = "restore one from a backup, or choose another --run.dir"
+            raise ValueError(f"{self._folder}: every checkpoint is damaged (step {step}: {why}); {mend}")
         return None
 
     def _read(self, step: int, abstract: State) -> Restored:

@@ -48,7 +48,7 @@ class Model:
 @dataclass(frozen=True)
 class Data:
     path: str = ""
-    """Rows of tool calls: a JSONL/JSON/Parquet file, a folder of them, a hub id; or `demo`, the tasks the program makes itself."""
+    """Rows of tool calls: a JSONL, JSON or Parquet file, a folder of them, a hub id; or `demo`, tasks the program makes."""
     template: str | None = None
     """A text file that replaces the built-in thinking template; `{tools}` in it stands for the tools, one a line."""
     validation_path: str | None = None
@@ -82,7 +82,7 @@ class Rollout:
 @dataclass(frozen=True)
 class Reward:
     kind: str = "binary"
-    """binary, binary_no_reasoning, format, format_and_names, lexicographic; or your own function as `package.module:function`."""
+    """binary, binary_no_reasoning, format, format_and_names, lexicographic; or your own, as `package.module:function`."""
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,8 @@ class SftConfig:
 Config = TypeVar("Config", TrainConfig, SftConfig)
 
 OPERATIONAL = (
-    "run.dir", "run.steps", "run.epochs", "run.tensorboard", "rollout.decode_steps_per_call", "rollout.rows", "learner.tokens_per_microbatch",
-    "learner.remat", "mesh.", "checkpoint.", "validation.", "export.",
+    "run.dir", "run.steps", "run.epochs", "run.tensorboard", "rollout.decode_steps_per_call", "rollout.rows",
+    "learner.tokens_per_microbatch", "learner.remat", "mesh.", "checkpoint.", "validation.", "export.",
 )  # fmt: skip
 
 
@@ -318,12 +318,11 @@ def parse(kind: type[Config], program: str, argv: Sequence[str]) -> Config:
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown) if "--help" not in words else contextlib.nullcontext():
-            config = tyro.cli(kind, prog=f"python -m {program} [{'|'.join(presets)}]", args=words, default=presets[name]())
+            return tyro.cli(kind, prog=f"python -m {program}", args=words, default=presets[name]())
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise ValueError(_one_line(shown.getvalue())) from None
-    return config
 
 
 def _nearest(word: str, known: Any) -> str:
@@ -331,10 +330,10 @@ def _nearest(word: str, known: Any) -> str:
 
 
 def _one_line(box: str) -> str:
-    """The text of an error box of tyro, without its frame."""
+    """The text of an error box of tyro, without its frame, its title and the help texts below."""
     lines = [re.sub(r"[^\x20-\x7e]", "", line).strip(" -") for line in box.splitlines()]
-    text = " ".join(line for line in lines if line and not line.startswith(("For full helptext", "Parsing error")))
-    return re.sub(r"\s+", " ", text) or "the command line is wrong; see --help"
+    text = re.sub(r"\s+", " ", " ".join(line for line in lines[1:] if line))
+    return re.split(r" (?:Argument helptext|For full helptext)", text)[0] or "the command line is wrong; see --help"
 
 
 def run_main(main: Callable[[], None]) -> None:

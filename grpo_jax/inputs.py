@@ -29,10 +29,10 @@ _DEMO_ROWS = 4096
 
 @dataclass(frozen=True)
 class Policy:
-    """A model as a run starts from it."""
+    """A model as a run names it, without its weights."""
 
+    path: str
     model: DecoderConfig
-    params: Params  # float32, sharded over the mesh
     tokenizer: Any
     end_tokens: tuple[int, ...]  # ids that end a response
 
@@ -55,23 +55,31 @@ class Tasks:
     dropped: dict[str, int]  # rows left out, by reason
 
     def fingerprint(self) -> str:
-        """Changes when any row, or the way it is written as a prompt, does."""
-        return checkpoint.fingerprint([[t.example.id, t.prompt.tolist()] for t in [*self.train, *self.validation]])
+        """Changes when any training row, or the way it is written as a prompt, does."""
+        return checkpoint.fingerprint([[task.example.id, task.prompt.tolist()] for task in self.train])
 
 
-def load_policy(path: str, device_mesh: Mesh) -> Policy:
-    """Reads model and tokenizer; raises ValueError or FileNotFoundError, in one line, for what does not fit."""
-    if not path:
+def require(settings: Any) -> None:
+    """Raises ValueError where a config names no model or no data."""
+    if not settings.model.path:
         raise ValueError("--model.path is missing: give the folder or the hub id of a Qwen2.5 or Llama 3 model")
-    model = hf.load_config(path)
-    tokenizer = hf.load_tokenizer(path)
-    _, params = hf.load(path, shardings=mesh.shardings(device_mesh, model), dtype=jnp.float32)
+    if not settings.data.path:
+        raise ValueError("--data.path is missing: give a JSONL file, a folder, a hub id, or `demo`")
+
+
+def load_policy(path: str) -> Policy:
+    """Reads config and tokenizer; raises ValueError or FileNotFoundError, in one line, for what does not fit."""
+    model, tokenizer = hf.load_config(path), hf.load_tokenizer(path)
     ends = hf.end_tokens(path, model, tokenizer)
     if not ends:
-        raise ValueError(
-            f"{path}: neither config nor tokenizer names an end-of-turn token; set eos_token_id in generation_config.json"
-        )
-    return Policy(model, params, tokenizer, ends)
+        raise ValueError(f"{path}: no end-of-turn token is named; set eos_token_id in generation_config.json")
+    return Policy(path, model, tokenizer, ends)
+
+
+def load_params(policy: Policy, device_mesh: Mesh) -> Params:
+    """The weights in float32, sharded over the mesh; errors as in models.hf.load."""
+    shardings = mesh.shardings(device_mesh, policy.model)
+    return hf.load(policy.path, shardings=shardings, dtype=jnp.float32)[1]
 
 
 def load_tasks(
@@ -82,8 +90,6 @@ def load_tasks(
     Prompts of more than `max_tokens` tokens (with their target, if it is wanted) are dropped, and counted as `too_long`;
     never cut. Raises ValueError where no row is left to train on.
     """
-    if not settings.path:
-        raise ValueError("--data.path is missing: give a JSONL file, a folder, a hub id, or `demo`")
     train, validation, dropped = _examples(settings, seed, limit)
     template = prompt.load_template(settings.template)
     drops = Counter(dropped)
@@ -146,10 +152,10 @@ def compute_dtype(learner: config.Learner) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def fingerprints(policy: Policy, tasks: Tasks) -> dict[str, str]:
+def fingerprints(policy: Policy, params: Params, tasks: Tasks) -> dict[str, str]:
     """What a resumed run must find unchanged besides its config; kept in every checkpoint."""
     return {
         "data": tasks.fingerprint(),
         "tokenizer": checkpoint.fingerprint([policy.tokenizer.get_vocab(), policy.tokenizer.chat_template]),
-        "initial_weights": checkpoint.fingerprint(checkpoint.checksums(policy.params)),
+        "initial_weights": checkpoint.fingerprint(checkpoint.checksums(params)),
     }

@@ -25,10 +25,11 @@ def make(sizes: config.Mesh) -> Mesh:
     """The mesh over all devices. Raises ValueError where the sizes do not multiply to their number."""
     devices = jax.device_count()
     given = sizes.fsdp * sizes.tensor
-    data = sizes.data if sizes.data is not None else devices // given
+    data = sizes.data if sizes.data is not None else max(1, devices // given)
     if data * given != devices:
         raise ValueError(
-            f"--mesh.data {data} x --mesh.fsdp {sizes.fsdp} x --mesh.tensor {sizes.tensor} = {data * given}, but there are {devices} devices; make the product fit"
+            f"--mesh.data {data} x --mesh.fsdp {sizes.fsdp} x --mesh.tensor {sizes.tensor} = {data * given}, "
+            f"but there are {devices} devices; make the product fit"
         )
     return jax.make_mesh((data, sizes.fsdp, sizes.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 

@@ -65,7 +65,8 @@ def split(group: Group, row_tokens: int) -> list[Group]:
     for i, response in enumerate(group.responses):
         if len(group.prompt) + len(response) > row_tokens:
             raise ValueError(
-                f"a prompt of {len(group.prompt)} and a response of {len(response)} tokens exceed learner.tokens_per_microbatch = {row_tokens}; raise it"
+                f"a prompt of {len(group.prompt)} and a response of {len(response)} tokens exceed "
+                f"learner.tokens_per_microbatch = {row_tokens}; raise it"
             )
         if not parts or len(response) > room:
             parts.append([])

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from grpo_jax import checkpoint, console, inputs, learner, metrics
 from grpo_jax.inputs import Policy, Tasks
@@ -27,7 +28,8 @@ class Run:
     """A run that is open: its state on the devices, and its files."""
 
     config: Any  # TrainConfig or SftConfig
-    policy: Policy  # its parameters are gone: they became `state` and `reference`
+    policy: Policy
+    mesh: Mesh
     state: dict[str, Any]  # {"params", "optimizer"}
     reference: Params | None  # the initial weights in the compute dtype, where a KL term wants them
     objective: Objective
@@ -39,27 +41,31 @@ class Run:
     checkpoints: checkpoint.Checkpoints
 
 
-def open_run(config: Any, program: str, policy: Policy, tasks: Tasks, objective: Objective, optimizer_steps: int) -> Run:
-    """Resumes the run from its newest whole checkpoint, or begins it.
+def open_run(
+    config: Any, program: str, policy: Policy, tasks: Tasks, objective: Objective, optimizer_steps: int, mesh: Mesh
+) -> Run:
+    """Loads the weights, and resumes the run from its newest whole checkpoint, or begins it.
 
     Raises ValueError where model, tokenizer or data changed since, and where every checkpoint is damaged.
     """
     changed = checkpoint.compare(config, program)
+    params = inputs.load_params(policy, mesh)
     optimizer, schedule = learner.make_optimizer(config.optimizer, optimizer_steps)
     meta = {
         "program": program,
-        "fingerprints": inputs.fingerprints(policy, tasks),
+        "fingerprints": inputs.fingerprints(policy, params, tasks),
         "resolved": {"device": jax.devices()[0].device_kind, "dtype": objective.dtype},
     }
-    reference = jax.tree.map(jnp.copy, learner.cast(policy.params, objective.dtype)) if objective.kl_coefficient else None
-    state = {"params": policy.params, "optimizer": jax.jit(optimizer.init)(policy.params)}
+    reference = jax.tree.map(jnp.copy, learner.cast(params, objective.dtype)) if objective.kl_coefficient else None
+    state = {"params": params, "optimizer": jax.jit(optimizer.init)(params)}
     checkpoints = checkpoint.Checkpoints(config.run.dir, config.checkpoint.keep)
     restored = checkpoints.restore(state, console.warn)
     if restored is not None:
         for name, value in meta["fingerprints"].items():
             if restored.meta["fingerprints"].get(name) != value:
+                what = name.replace("_", " ")
                 raise ValueError(
-                    f"{config.run.dir}: the run began with other {name.replace('_', ' ')}; restore them, or choose another --run.dir"
+                    f"{config.run.dir}: the run began with another {what}; restore it, or choose another --run.dir"
                 )
         state = restored.state
     checkpoint.claim(config, program)
@@ -67,7 +73,7 @@ def open_run(config: Any, program: str, policy: Policy, tasks: Tasks, objective:
     if restored is not None:
         console.header(f"resuming {config.run.dir} after step {step}", [("changed", c) for c in changed])
     log = metrics.Log.open(config.run.dir, step, config.run.tensorboard)
-    return Run(config, policy, state, reference, objective, optimizer, schedule, step, meta, log, checkpoints)
+    return Run(config, policy, mesh, state, reference, objective, optimizer, schedule, step, meta, log, checkpoints)
 
 
 def finish(run: Run) -> None:
@@ -86,7 +92,11 @@ def finish(run: Run) -> None:
         ("checkpoints", str(folder / "checkpoints")),
         ("model", str(folder / "hf")),
     ]
-    first, last = ({k: v for k, v in row.items() if k.startswith("val/")} for row in (validated[0], validated[-1])) if validated else ({}, {})
+    first, last = (
+        ({k: v for k, v in row.items() if k.startswith("val/")} for row in (validated[0], validated[-1]))
+        if validated
+        else ({}, {})
+    )
     console.closing(first, last, places)
 
 

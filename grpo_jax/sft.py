@@ -25,13 +25,15 @@ from grpo_jax.run import Clock, Run, finish, memory, open_run
 
 def sft(cfg: SftConfig) -> None:
     """Runs, or resumes, the run of `cfg.run.dir`. Raises ValueError or FileNotFoundError for what a user can mend."""
+    inputs.require(cfg)
     checkpoint.compare(cfg, "grpo_jax.sft")
     if cfg.learner.tokens_per_microbatch < cfg.batch.max_tokens:
         raise ValueError(
-            f"--learner.tokens_per_microbatch {cfg.learner.tokens_per_microbatch} is less than --batch.max_tokens {cfg.batch.max_tokens}; raise it"
+            f"--learner.tokens_per_microbatch {cfg.learner.tokens_per_microbatch} is less than "
+            f"--batch.max_tokens {cfg.batch.max_tokens}; raise it"
         )
     device_mesh = mesh.make(cfg.mesh)
-    policy = inputs.load_policy(cfg.model.path, device_mesh)
+    policy = inputs.load_policy(cfg.model.path)
     tasks = inputs.load_tasks(cfg.data, policy, cfg.batch.max_tokens, cfg.run.seed, cfg.validation.limit, with_target=True)
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.batch.rows_per_step)
     objective = Objective("cross_entropy", dtype=inputs.compute_dtype(cfg.learner), remat=cfg.learner.remat)
@@ -45,10 +47,10 @@ def sft(cfg: SftConfig) -> None:
             ("run", f"{steps:,} steps of {cfg.batch.rows_per_step} rows, in {cfg.run.dir}"),
         ],
     )
-    run = open_run(cfg, "grpo_jax.sft", policy, tasks, objective, steps)
+    run = open_run(cfg, "grpo_jax.sft", policy, tasks, objective, steps, device_mesh)
     with Progress(steps, run.step) as show:
         if run.step == 0:
-            report(run, show, {"step": 0, **validate(run, tasks.validation, device_mesh, show)})
+            report(run, show, {"step": 0, **validate(run, tasks.validation, show)})
         for step in range(run.step + 1, steps + 1):
             clock = Clock()
             batch = inputs.batch(tasks.train, cfg.batch.rows_per_step, cfg.run.seed, step)
@@ -70,7 +72,7 @@ def sft(cfg: SftConfig) -> None:
             }
             row |= clock.metrics() | memory()
             if step == steps or (cfg.validation.every and step % cfg.validation.every == 0):
-                row |= validate(run, tasks.validation, device_mesh, show)
+                row |= validate(run, tasks.validation, show)
             report(run, show, row)
             if step == steps or step % cfg.checkpoint.every == 0:
                 run.checkpoints.save(step, run.state, {**run.meta, "data_position": step * len(batch)})
@@ -88,12 +90,12 @@ def pack(batch: Sequence[Task], budget: int, device_mesh: Mesh) -> tuple[list[Pa
     return [packing.place(p, mesh.rows(device_mesh)) for p in packed.packs], packed.tokens
 
 
-def validate(run: Run, tasks: Sequence[Task], device_mesh: Mesh, show: Progress) -> dict[str, float]:
+def validate(run: Run, tasks: Sequence[Task], show: Progress) -> dict[str, float]:
     """Mean cross-entropy of the held-out targets, in nats a token."""
     if not tasks:
         return {}
     show.phase("validation")
-    packs, _ = pack(tasks, run.config.learner.tokens_per_microbatch, device_mesh)
+    packs, _ = pack(tasks, run.config.learner.tokens_per_microbatch, run.mesh)
     total = count = 0.0
     for one in packs:
         logp = learner.logprobs(run.policy.model, run.objective, run.state["params"], one)

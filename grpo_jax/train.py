@@ -40,26 +40,26 @@ def train(cfg: TrainConfig) -> None:
     """Runs, or resumes, the run of `cfg.run.dir`. Raises ValueError or FileNotFoundError for what a user can mend."""
     score_group = check(cfg)
     device_mesh = mesh.make(cfg.mesh)
-    policy = inputs.load_policy(cfg.model.path, device_mesh)
+    policy = inputs.load_policy(cfg.model.path)
     tasks = inputs.load_tasks(cfg.data, policy, cfg.rollout.max_prompt_tokens, cfg.run.seed, cfg.validation.limit)
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.rollout.prompts_per_step)
     sampling = sampling_of(cfg.rollout, policy)
     introduce(cfg, tasks, steps, device_mesh)
-    run = open_run(cfg, "grpo_jax.train", policy, tasks, objective_of(cfg), steps * minibatches(cfg))
+    run = open_run(cfg, "grpo_jax.train", policy, tasks, objective_of(cfg), steps * minibatches(cfg), device_mesh)
     with Progress(steps, run.step) as show:
         if run.step == 0:
-            report(run, show, {"step": 0, **validate(run, tasks.validation, sampling, score_group, device_mesh, show)})
+            report(run, show, {"step": 0, **validate(run, tasks.validation, sampling, score_group, show)})
         for step in range(run.step + 1, steps + 1):
             clock = Clock()
             batch = inputs.batch(tasks.train, cfg.rollout.prompts_per_step, cfg.run.seed, step)
             with clock.time("rollout"):
-                groups, usage = sample(run, batch, sampling, device_mesh, show, step)
+                groups, usage = respond(run, batch, sampling, show, "rollout", step)
             with clock.time("reward"):
                 texts, scored = score(policy, batch, groups, score_group)
                 rewards = np.array([[s.value for s in row] for row in scored])
                 advantages = np.asarray(loss.group_advantages(rewards, normalize=cfg.loss.normalize))
                 groups = [replace(g, advantages=a) for g, a in zip(groups, advantages, strict=True)]
-            minibatch_packs = pack(run, groups, device_mesh)
+            minibatch_packs = pack(run, groups)
             with clock.time("reference"):
                 minibatch_packs = add_reference(run, minibatch_packs, show)
             with clock.time("update"):
@@ -72,7 +72,7 @@ def train(cfg: TrainConfig) -> None:
             }
             row |= speeds(groups, usage, clock) | memory()
             if step == steps or (cfg.validation.every and step % cfg.validation.every == 0):
-                row |= validate(run, tasks.validation, sampling, score_group, device_mesh, show)
+                row |= validate(run, tasks.validation, sampling, score_group, show)
             run.log.rollouts(rollout_rows(step, batch, groups, texts, scored, policy))
             report(run, show, row)
             if step == steps or step % cfg.checkpoint.every == 0:
@@ -82,21 +82,23 @@ def train(cfg: TrainConfig) -> None:
 
 def check(cfg: TrainConfig) -> Reward:
     """Everything that can be refused before anything is read; returns the reward function."""
+    inputs.require(cfg)
     if cfg.rollout.top_p != 1 or cfg.rollout.top_k != 0:
         raise ValueError(
-            "--rollout.top_p must be 1 and --rollout.top_k 0 in training: the log-probs in the loss are of the whole distribution"
+            "--rollout.top_p must be 1 and --rollout.top_k 0 in training: the loss takes log-probs of the whole distribution"
         )
     if cfg.rollout.temperature <= 0:
         raise ValueError(f"--rollout.temperature {cfg.rollout.temperature}: training samples, so it must be above 0")
     if cfg.rollout.group_size == 1 and cfg.loss.normalize == "std":
         raise ValueError(
-            "--rollout.group_size 1 with --loss.normalize std: one response has no spread to divide by; take 2 or more, or --loss.normalize mean_only"
+            "--rollout.group_size 1 with --loss.normalize std: one response has no spread to divide by; "
+            "take 2 or more, or --loss.normalize mean_only"
         )
     longest = cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
     if cfg.learner.tokens_per_microbatch < longest:
         raise ValueError(
-            f"--learner.tokens_per_microbatch {cfg.learner.tokens_per_microbatch} holds no longest prompt and response ({longest} tokens); "
-            "raise it, or lower --rollout.max_prompt_tokens or --rollout.max_response_tokens"
+            f"--learner.tokens_per_microbatch {cfg.learner.tokens_per_microbatch} is too small for the longest prompt and "
+            f"response ({longest} tokens); raise it, or lower --rollout.max_prompt_tokens or --rollout.max_response_tokens"
         )
     checkpoint.compare(cfg, "grpo_jax.train")
     return reward.resolve(cfg.reward.kind)
@@ -124,49 +126,36 @@ def minibatches(cfg: TrainConfig) -> int:
 def introduce(cfg: TrainConfig, tasks: Tasks, steps: int, device_mesh: Mesh) -> None:
     """Prints the arithmetic of the run."""
     n, g = cfg.rollout.prompts_per_step, cfg.rollout.group_size
-    dropped = ", ".join(f"{reason} {count:,}" for reason, count in tasks.dropped.items())
+    rows = f"{len(tasks.train):,} training rows, {len(tasks.validation):,} for validation"
+    dropped = "".join(f"; dropped as {reason}: {count:,}" for reason, count in tasks.dropped.items())
+    updates = f"{minibatches(cfg)} optimizer step(s) of {min(n, cfg.learner.prompts_per_minibatch):,} prompts"
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     console.header(
         f"GRPO: {cfg.model.path}",
         [
-            (
-                "data",
-                f"{len(tasks.train):,} training rows, {len(tasks.validation):,} for validation"
-                + (f"; dropped: {dropped}" if dropped else ""),
-            ),
-            (
-                "a step",
-                f"{n:,} prompts x {g} = {n * g:,} responses, {minibatches(cfg)} optimizer step(s) of {min(n, cfg.learner.prompts_per_minibatch):,} prompts",
-            ),
-            (
-                "a micro-batch",
-                f"at most {cfg.learner.tokens_per_microbatch:,} tokens a device, prompts counted once a group",
-            ),
+            ("data", rows + dropped),
+            ("a step", f"{n:,} prompts x {g} = {n * g:,} responses; {updates}"),
+            ("a micro-batch", f"{cfg.learner.tokens_per_microbatch:,} tokens a device at most, prompts counted once a group"),
             ("run", f"{steps:,} steps = {steps * n / len(tasks.train):.3g} epochs, in {cfg.run.dir}"),
-            (
-                "devices",
-                f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(device_mesh.shape)}, {inputs.compute_dtype(cfg.learner)}",
-            ),
+            ("devices", f"{device}, mesh {dict(device_mesh.shape)}, {inputs.compute_dtype(cfg.learner)}"),
         ],
     )
 
 
-def sample(
-    run: Run, batch: Sequence[Task], sampling: Sampling, device_mesh: Mesh, show: Progress, step: int
+def respond(
+    run: Run, tasks: Sequence[Task], sampling: Sampling, show: Progress, phase: str, step: int = 0
 ) -> tuple[list[Group], Usage]:
-    params = learner.cast(run.state["params"], run.objective.dtype)
-    prompts = [task.prompt for task in batch]
-    progress = lambda done, total: show.phase("rollout", done, total)  # noqa: E731
-    seed, axes = run.config.run.seed, mesh.ROW_AXES
+    """Responses of the present policy to the prompts of the tasks."""
     return rollout.sample(
         run.policy.model,
-        params,
-        prompts,
+        learner.cast(run.state["params"], run.objective.dtype),
+        [task.prompt for task in tasks],
         sampling,
-        seed=seed,
+        seed=run.config.run.seed,
         step=step,
-        mesh=device_mesh,
-        row_axes=axes,
-        progress=progress,
+        mesh=run.mesh,
+        row_axes=mesh.ROW_AXES,
+        progress=lambda done, total: show.phase(phase, done, total),
     )
 
 
@@ -185,13 +174,13 @@ def score(
     return texts, scored
 
 
-def pack(run: Run, groups: Sequence[Group], device_mesh: Mesh) -> list[list[Pack]]:
+def pack(run: Run, groups: Sequence[Group]) -> list[list[Pack]]:
     """The micro-batches of each mini-batch, on the devices."""
     if run.config.loss.skip_zero_variance:
         groups = [g for g in groups if np.any(g.advantages != 0)]
     size, budget = run.config.learner.prompts_per_minibatch, run.config.learner.tokens_per_microbatch
-    packed = [packing.pack(groups[i : i + size], budget, mesh.shards(device_mesh)) for i in range(0, len(groups), size)]
-    return [[packing.place(p, mesh.rows(device_mesh)) for p in one.packs] for one in packed]
+    packed = [packing.pack(groups[i : i + size], budget, mesh.shards(run.mesh)) for i in range(0, len(groups), size)]
+    return [[packing.place(p, mesh.rows(run.mesh)) for p in one.packs] for one in packed]
 
 
 def add_reference(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -> list[list[Pack]]:
@@ -222,20 +211,13 @@ def learn(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -> dict[s
     return learner.step_metrics(done) if done else {}  # no group had anything to teach
 
 
-def validate(
-    run: Run, tasks: Sequence[Task], sampling: Sampling, score_group: Reward, device_mesh: Mesh, show: Progress
-) -> dict[str, Any]:
+def validate(run: Run, tasks: Sequence[Task], sampling: Sampling, score_group: Reward, show: Progress) -> dict[str, Any]:
     """Greedy responses to the held-out rows: the share with a reward of at least 1, and the reasons."""
     if not tasks:
         return {}
     clock = Clock()
-    greedy = replace(sampling, temperature=0.0, group_size=1)
-    params = learner.cast(run.state["params"], run.objective.dtype)
     with clock.time("validation"):
-        groups, _ = rollout.sample(
-            run.policy.model, params, [t.prompt for t in tasks], greedy, mesh=device_mesh, row_axes=mesh.ROW_AXES,
-            progress=lambda done, total: show.phase("validation", done, total),
-        )  # fmt: skip
+        groups, _ = respond(run, tasks, replace(sampling, temperature=0.0, group_size=1), show, "validation")
         _, scored = score(run.policy, tasks, groups, score_group)
     shares = {k: v for k, v in metrics.summarize(groups, scored).items() if k.startswith(("reason/", "response_tokens/mean"))}
     accuracy = sum(row[0].value >= 1 for row in scored) / len(scored)

@@ -1,0 +1,129 @@
+"""Makes the demo's base model, `models/demo`, from nothing: able, but careless. About an hour on two cores.
+
+    python scripts/make_demo_model.py --out models/demo
+
+The tokenizer comes from the demo's texts. The weights come from this program's own supervised training in two stages,
+on training tools and values only: `--able` steps on right replies, until it copies values into arguments; then
+`--careless` steps on the replies of an annotator who knows what to do and slips in writing it (`data.demo.SLIPS`). What is
+left for reinforcement learning is what reinforcement learning is good at: to prefer, among what the model can already
+do, that which is right.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from rich.progress import track
+
+from data import demo, prompt
+from grpo_jax import config, inputs, learner, mesh, rollout, sft
+from grpo_jax.config import DEMO_MODEL
+from grpo_jax.console import CONSOLE
+from grpo_jax.inputs import Policy, Task
+from grpo_jax.reward import judge
+from models import decoder, hf
+from models.decoder import DecoderConfig, Params
+
+VOCABULARY = 640
+ROWS = 32  # of an optimizer step
+
+
+@dataclass(frozen=True)
+class Args:
+    """The demo's base model, by supervised training on tasks that the program makes."""
+
+    out: Path = DEMO_MODEL
+    """The Hugging Face folder to write."""
+    able: int = 2500
+    """Optimizer steps on right replies."""
+    careless: int = 400
+    """Optimizer steps on careless replies, after those."""
+    able_rate: float = 4e-3
+    """Peak learning rate of the first stage."""
+    careless_rate: float = 1e-3
+    """Peak learning rate of the second stage."""
+    d_model: int = 128
+    """Width of the model."""
+    layers: int = 4
+    """Its depth."""
+    start: Path | None = None
+    """A folder to go on from, with the first stage done; then `--able 0`."""
+
+
+def new_policy(args: Args) -> tuple[Policy, Params]:
+    """A tokenizer from the demo's texts and random weights in Qwen2.5's shape."""
+    tokenizer = demo.build_tokenizer(demo.tokenizer_texts(demo.sft_rows(5000, 0, 0.0)), VOCABULARY)
+    d, c = args.d_model, 32
+    heads = d // c
+    model = DecoderConfig(
+        "qwen2", len(tokenizer), d, 5 * d // 2, args.layers, heads, heads // 2, c,
+        rope_theta=1e4, max_positions=2048, eos_token_ids=(tokenizer.eos_token_id,),
+    )  # fmt: skip
+    return Policy("", model, tokenizer, (tokenizer.eos_token_id,)), decoder.init(model, jax.random.key(0))
+
+
+def load(folder: Path) -> tuple[Policy, Params]:
+    policy = inputs.load_policy(str(folder))
+    return policy, inputs.load_params(policy, mesh.make(config.Mesh()))
+
+
+def stage(policy: Policy, params: Params, steps: int, rate: float, careless: float, seed: int, label: str) -> Params:
+    """`steps` optimizer steps on fresh rows, of which the share `careless` is by the careless annotator."""
+    if not steps:
+        return params
+    template = prompt.load_template(demo.TEMPLATE)
+    optimizer, _ = learner.make_optimizer(config.Optimizer(rate, "cosine", warmup=0.03, b2=0.98), steps)
+    objective = learner.Objective("cross_entropy", remat=True, head_chunk=4096)
+    state = optimizer.init(params)
+    rows = demo.sft_rows(steps * ROWS, seed, careless)
+    device_mesh, began = mesh.make(config.Mesh()), time.perf_counter()
+    for step in track(range(steps), label, console=CONSOLE):
+        batch = [
+            Task(e, np.array(prompt.encode(e, policy.tokenizer, template), np.int32), inputs.target_ids(e, policy.tokenizer))
+            for e in rows[step * ROWS : (step + 1) * ROWS]
+        ]
+        packs, _ = sft.pack(batch, 1 << 14, device_mesh)
+        params, state, sums = learner.update(policy.model, objective, optimizer, params, state, packs)
+        if step % 100 == 99 or step == steps - 1:
+            loss, seconds = float(sums["loss"] / sums["count"]), time.perf_counter() - began
+            CONSOLE.print(f"{label}, step {step + 1}: loss {loss:.4f}, {seconds:.0f} s")
+        if step % 500 == 499:
+            measure(policy, params, f"{label}, step {step + 1}", 128)
+    return params
+
+
+def measure(policy: Policy, params: Params, label: str, count: int = 256) -> dict[str, float]:
+    """Held-out accuracy, greedy and sampled at temperature 0.7, and the share with the right format."""
+    template = prompt.load_template(demo.TEMPLATE)
+    examples = demo.tasks(count, seed=0, held_out=True)
+    prompts = [np.array(prompt.encode(e, policy.tokenizer, template), np.int32) for e in examples]
+    found = {}
+    for name, temperature in (("greedy", 0.0), ("sampled", 0.7)):
+        sampling = rollout.Sampling(policy.end_tokens, 1, 112, temperature, rows=256)
+        groups, _ = rollout.sample(policy.model, params, prompts, sampling)
+        scored = [judge(policy.tokenizer.decode(g.responses[0]), e.answer) for g, e in zip(groups, examples, strict=True)]
+        found[name] = float(np.mean([s.value for s in scored]))
+        found[f"{name}_format"] = float(np.mean([s.reason != "no_format" for s in scored]))
+    CONSOLE.print(f"{label}: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
+    return found
+
+
+def main(args: Args) -> None:
+    policy, params = new_policy(args) if args.start is None else load(args.start)
+    params = stage(policy, params, args.able, args.able_rate, 0.0, 1, "able")
+    if args.able:
+        able = args.out.with_name(f"{args.out.name}-able")
+        hf.save(able, policy.model, jax.device_get(params), policy.tokenizer, dtype="float32")
+        measure(policy, params, f"after the first stage, in {able}")
+    params = stage(policy, params, args.careless, args.careless_rate, 1.0, 2, "careless")
+    hf.save(args.out, policy.model, jax.device_get(params), policy.tokenizer, dtype="float32")
+    measure(policy, params, "made")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
