@@ -55,8 +55,8 @@ SLIPS = {
 }
 INVENTED = ("note", "none")
 
-PARALLEL_SHARE = 0.22  # tasks with two calls
-TWICE_SHARE = 1 / 3  # of these, the share that calls one tool twice
+PARALLEL_SHARE = 0.2  # tasks with two calls
+TWICE_SHARE = 1 / 4  # of these, the share that calls one tool twice
 HELD_OUT_ONE_IN = 4  # (verb, noun) pairs and string values; all pairs with a new noun besides
 
 # A token that no reply of the training rows has is one that the model cannot write. New nouns, and those of `NAMES`
@@ -267,7 +267,7 @@ def _slip(call: dict[str, Any], offered: Sequence[str], rng: random.Random) -> d
 def _task(rng: random.Random, held_out: bool) -> Example:
     parallel = rng.random() < PARALLEL_SHARE
     twice = parallel and rng.random() < TWICE_SHARE
-    names = _names(rng, held_out, count=rng.choice((2, 2, 2, 3)), called=2 if parallel and not twice else 1)
+    names = _names(rng, held_out, count=2, called=2 if parallel and not twice else 1)
     called = [names[0], names[0]] if twice else names[: 1 + parallel]
     schemas: dict[str, dict[str, str]] = {}
     for name in names:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_jax import config, loss
 from grpo_jax.packing import Pack
@@ -162,6 +163,16 @@ def step_metrics(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "rollout/logp_mismatch": float(first["mismatch"]) / max(float(first["count"]), 1.0),
         "rollout/logp_mismatch_max": float(first["mismatch_max"]),
     }
+
+
+def init_state(optimizer: optax.GradientTransformation, params: Params) -> optax.OptState:
+    """The optimizer's state, its moments laid out over the devices like the parameters, its counters on all of them."""
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    like_param = lambda _, p: p.sharding  # noqa: E731
+    shapes = jax.eval_shape(optimizer.init, params)
+    layout = optax.tree_map_params(optimizer, like_param, shapes, params, transform_non_params=lambda _: everywhere)
+    return jax.jit(optimizer.init, out_shardings=layout)(params)
 
 
 def make_optimizer(settings: config.Optimizer, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:

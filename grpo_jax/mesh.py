@@ -25,7 +25,7 @@ def make(sizes: config.Mesh) -> Mesh:
     """The mesh over all devices. Raises ValueError where the sizes do not multiply to their number."""
     devices = jax.device_count()
     given = sizes.fsdp * sizes.tensor
-    data = sizes.data if sizes.data is not None else max(1, devices // given)
+    data = sizes.data if sizes.data is not None else max(1, devices // max(1, given))
     if data * given != devices:
         raise ValueError(
             f"--mesh.data {data} x --mesh.fsdp {sizes.fsdp} x --mesh.tensor {sizes.tensor} = {data * given}, "

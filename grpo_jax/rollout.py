@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     decode_steps_per_call: int = 32
-    rows: int = 512  # responses decoded at once
+    rows: int = 512  # responses decoded at once, in whole groups, at least one
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,34 @@ class _Pool:
     responses: ResponseCache
 
 
+_Name = tuple[int, int]  # of a response: (prompt, sample), both counted within its pool
+
+
 @dataclass
 class _Rows:
-    """The host's account of the pool: for each device row the (group, sample) it holds, or None."""
+    """The host's account of a pool."""
 
-    live: list[tuple[int, int] | None]
-    tokens: dict[tuple[int, int], list[int]]
-    logp: dict[tuple[int, int], list[float]]
+    live: list[_Name | None]  # the response that each device row works on; None: the row is idle
+    tokens: dict[_Name, list[int]]
+    logp: dict[_Name, list[np.ndarray]]  # in pieces, one a call
+    truncated: dict[_Name, bool]  # of the responses that have ended
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all pools of one rollout share."""
+
+    config: DecoderConfig
+    params: Params
+    sampling: Sampling
+    origin: tuple[int, int]  # seed, step
+    mesh: Mesh | None
+    row_axes: tuple[str, ...]
+
+    @property
+    def shards(self) -> int:
+        """Rows and prompts come in multiples of this."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in self.row_axes)
 
 
 def sample(
@@ -98,129 +120,136 @@ def sample(
     the distribution that was sampled (logits / temperature, cut by top-k and top-p where they are on), or, when greedy, of
     the model's. A prompt that occurs twice in one call gets other samples the second time ("attempt" in its key).
     """
-    attempts = _attempts(prompts)
+    job = _Job(config, params, sampling, (seed, step), mesh, row_axes)
+    identities = _identities(prompts)
     # Prompts of like length share a pool: its cache is as wide as its longest prompt.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    per_pool = max(1, sampling.rows // sampling.group_size)
-    groups: list[Group | None] = [None] * len(prompts)
-    used = made = 0
+    g, total = sampling.group_size, len(prompts) * sampling.group_size
+    per_pool = max(1, sampling.rows // g)
+    groups: dict[int, Group] = {}
+    row_steps = 0
     for start in range(0, len(order), per_pool):
         members = order[start : start + per_pool]
-        keys = [(_fingerprint(prompts[i]), attempts[i]) for i in members]
-        report = lambda done, at=start: progress(at * sampling.group_size + done, len(prompts) * sampling.group_size)  # noqa: E731
-        finished, steps = _run_pool(
-            config, params, [prompts[i] for i in members], keys, sampling, (seed, step), mesh, row_axes, report
-        )
-        used += steps
-        for i, group in zip(members, finished, strict=True):
-            groups[i] = group
-            made += group.response_tokens
-    return groups, Usage(used, made)
+        chosen, words = [prompts[i] for i in members], [identities[i] for i in members]
+        made, steps = _run_pool(job, chosen, words, lambda done, before=start * g: progress(before + done, total))
+        groups.update(zip(members, made, strict=True))
+        row_steps += steps
+    in_order = [groups[i] for i in range(len(prompts))]
+    return in_order, Usage(row_steps, sum(group.response_tokens for group in in_order))
 
 
-def _fingerprint(prompt: np.ndarray) -> tuple[int, int]:
-    digest = hashlib.sha256(np.asarray(prompt, np.int32).tobytes()).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
-
-
-def _attempts(prompts: Sequence[np.ndarray]) -> list[int]:
-    seen: Counter = Counter()
-    attempts = []
+def _identities(prompts: Sequence[np.ndarray]) -> list[tuple[int, int, int]]:
+    """Of each prompt: two words of the hash of its ids, and its attempt: how often it has occurred before in this call."""
+    seen: Counter[bytes] = Counter()
+    identities = []
     for prompt in prompts:
-        key = np.asarray(prompt, np.int32).tobytes()
-        attempts.append(seen[key])
-        seen[key] += 1
-    return attempts
+        digest = hashlib.sha256(np.asarray(prompt, np.int32).tobytes()).digest()
+        identities.append((int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little"), seen[digest]))
+        seen[digest] += 1
+    return identities
 
 
-def _run_pool(config, params, prompts, keys, sampling: Sampling, origin, mesh, row_axes, report) -> tuple[list[Group], int]:
-    g, chunk, limit = sampling.group_size, sampling.decode_steps_per_call, sampling.max_response_tokens
-    shards = 1 if mesh is None else int(np.prod([mesh.shape[a] for a in row_axes]))
-    names = [(i, j) for i in range(len(prompts)) for j in range(g)]
-    rows = _Rows(names + [None] * (-len(names) % shards), {n: [] for n in names}, {n: [] for n in names})
+def _run_pool(
+    job: _Job, prompts: Sequence[np.ndarray], identities: Sequence[tuple[int, int, int]], report: Callable[[int], None]
+) -> tuple[list[Group], int]:
+    """All responses to the prompts of one pool: (their groups, the row-steps it took). Reports the responses that ended."""
+    sampling, shards = job.sampling, job.shards
+    limit, cut = sampling.max_response_tokens, (sampling.temperature, sampling.top_p, sampling.top_k)
+    names = [(i, j) for i in range(len(prompts)) for j in range(sampling.group_size)]
+    rows = _Rows(names + [None] * (-len(names) % shards), {n: [] for n in names}, {n: [] for n in names}, {})
+    chunk = min(sampling.decode_steps_per_call, limit)
     capacity = min(limit, bucket(2 * chunk, 1))
-    pool = _place(_start(config, params, prompts, keys, rows, sampling, origin, capacity, shards), mesh, row_axes)
-    decoded = steps = 0
-    ends = np.array(sampling.end_tokens)
-    done: dict[tuple[int, int], bool] = {}  # -> truncated
+    pool = _place(job, _start(job, prompts, identities, rows.live, capacity))
+    decoded = row_steps = 0
     while True:
-        pool, tokens, logp = _decode(config, sampling, chunk, params, pool)
-        tokens, logp = np.asarray(tokens), np.asarray(logp)  # [chunk, B]; waits for the device
-        decoded, steps = decoded + chunk, steps + tokens.size
-        for b, name in enumerate(rows.live):
-            if name is None:
-                continue
-            taken = min(chunk, limit - len(rows.tokens[name]))
-            stop = np.flatnonzero(np.isin(tokens[:taken, b], ends))
-            ended = len(stop) > 0
-            taken = int(stop[0]) + 1 if ended else taken
-            rows.tokens[name].extend(tokens[:taken, b].tolist())
-            rows.logp[name].append(logp[:taken, b])
-            if ended or len(rows.tokens[name]) >= limit:
-                done[name] = not ended
-                rows.live[b] = None
-        report(len(done))
+        pool, tokens, logp = _decode(job.config, cut, chunk, job.params, pool)
+        _collect(rows, np.asarray(tokens), np.asarray(logp), sampling)  # waits for the device
+        decoded, row_steps = decoded + chunk, row_steps + tokens.size
+        report(len(rows.truncated))
         alive = sum(name is not None for name in rows.live)
         if not alive:
-            break
-        wanted = -(-bucket(alive, 2) // shards) * shards
+            return [_group(prompt, i, sampling.group_size, rows) for i, prompt in enumerate(prompts)], row_steps
+        size = min(len(rows.live), _multiple(bucket(alive, 2), shards))
         room = min(limit, 2 * capacity) if decoded + chunk > capacity else capacity
-        if wanted < len(rows.live) or room > capacity:
-            pool, rows = _shrink(pool, rows, min(wanted, len(rows.live)), room, sampling, shards)
-            pool, capacity = _place(pool, mesh, row_axes), room
-    return [_group(prompt, i, g, rows, done) for i, prompt in enumerate(prompts)], steps
+        if size < len(rows.live) or room > capacity:
+            pool, rows.live = _shrink(job, pool, rows.live, size, room)
+            pool, capacity = _place(job, pool), room
 
 
-def _group(prompt, i: int, g: int, rows: _Rows, done) -> Group:
+def _collect(rows: _Rows, tokens: np.ndarray, logp: np.ndarray, sampling: Sampling) -> None:
+    """Adds what one call drew, [steps, B], to the live responses; the rows of those that end become idle."""
+    is_end = np.isin(tokens, sampling.end_tokens)
+    for b, name in enumerate(rows.live):
+        if name is None:
+            continue
+        room = sampling.max_response_tokens - len(rows.tokens[name])
+        ends = np.flatnonzero(is_end[:room, b])
+        taken = ends[0] + 1 if len(ends) else min(room, len(tokens))
+        rows.tokens[name].extend(tokens[:taken, b].tolist())
+        rows.logp[name].append(logp[:taken, b])
+        if len(ends) or taken == room:
+            rows.truncated[name] = not len(ends)
+            rows.live[b] = None
+
+
+def _group(prompt: np.ndarray, i: int, g: int, rows: _Rows) -> Group:
     names = [(i, j) for j in range(g)]
     return Group(
         np.asarray(prompt, np.int32),
         tuple(np.array(rows.tokens[n], np.int32) for n in names),
         tuple(np.concatenate(rows.logp[n]) for n in names),
-        tuple(done[n] for n in names),
+        tuple(rows.truncated[n] for n in names),
     )
 
 
-def _start(config, params, prompts, keys, rows: _Rows, sampling: Sampling, origin, capacity: int, shards: int) -> _Pool:
-    """Prefills the prompts and lays out the first rows."""
-    g, n, b = sampling.group_size, -(-len(prompts) // shards) * shards, len(rows.live)
+def _multiple(n: int, of: int) -> int:
+    """n rounded up."""
+    return -(-n // of) * of
+
+
+def _start(
+    job: _Job,
+    prompts: Sequence[np.ndarray],
+    identities: Sequence[tuple[int, int, int]],
+    live: Sequence[_Name | None],
+    capacity: int,
+) -> _Pool:
+    """Prefills the prompts and lays out the first rows, with room for `capacity` tokens each."""
+    config, b, n = job.config, len(live), _multiple(len(prompts), job.shards)
     width = bucket(max(map(len, prompts)), 2)
-    at_once = min(n, max(1, _PREFILL_TOKENS // width))
-    padded = -(-n // at_once) * at_once
+    at_once = min(n, _multiple(max(1, _PREFILL_TOKENS // width), job.shards))
+    padded = _multiple(n, at_once)
     tokens, lengths = np.zeros((padded, width), np.int32), np.ones(padded, np.int32)
     for i, prompt in enumerate(prompts):
         tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
-    parts = [_prefill(config, params, tokens[i : i + at_once], lengths[i : i + at_once]) for i in range(0, padded, at_once)]
+    split = None if job.mesh is None else NamedSharding(job.mesh, PartitionSpec(job.row_axes))
+    parts = [
+        _prefill(config, job.params, *jax.device_put((tokens[i : i + at_once], lengths[i : i + at_once]), split))
+        for i in range(0, padded, at_once)
+    ]
     caches, hidden = zip(*parts, strict=True)
     prompt_cache = PromptCache(
         jnp.concatenate([c.k for c in caches], 1)[:, :n],
         jnp.concatenate([c.v for c in caches], 1)[:, :n],
         jnp.asarray(lengths[:n]),
     )
-    group, slots = _slots(rows.live, list(range(n)), g)
-    words = np.array(
-        [(*keys[name[0]][0], name[1], keys[name[0]][1]) if name else (0, 0, 0, 0) for name in rows.live], np.uint32
-    )
+    group, slots = _slots(live, range(n), job.sampling.group_size)
+    words = np.zeros((b, 4), np.uint32)
+    for row, name in enumerate(live):
+        if name is not None:
+            low, high, attempt = identities[name[0]]
+            words[row] = low, high, name[1], attempt
     empty = jnp.zeros((config.layers, b, config.kv_heads, capacity, config.head_dim), prompt_cache.k.dtype)
     # Two buffers, not one twice: the pool is donated.
-    return _Pool(
-        jnp.concatenate(hidden)[group],
-        _row_keys(origin, words),
-        group,
-        slots,
-        prompt_cache,
-        ResponseCache(empty, empty.copy(), jnp.zeros(b, jnp.int32)),
-    )
+    responses = ResponseCache(empty, empty.copy(), jnp.zeros(b, jnp.int32))
+    return _Pool(jnp.concatenate(hidden)[group], _row_keys(job.origin, words), group, slots, prompt_cache, responses)
 
 
-def _slots(live, groups: list[int], g: int) -> tuple[Array, RowSlots]:
-    """Which prompt each row reads, for prompts kept in the order `groups`; empty rows read prompt 0 and are never looked at."""
-    place = {group: i for i, group in enumerate(groups)}
-    row, slot, group = (
-        np.full((len(groups), g), len(live), np.int32),
-        np.zeros(len(live), np.int32),
-        np.zeros(len(live), np.int32),
-    )
+def _slots(live: Sequence[_Name | None], prompts: Sequence[int], g: int) -> tuple[Array, RowSlots]:
+    """Which prompt each row reads, for prompts cached in the order given; idle rows read the first and are never looked at."""
+    place = {prompt: i for i, prompt in enumerate(prompts)}
+    group, slot = np.zeros(len(live), np.int32), np.zeros(len(live), np.int32)
+    row = np.full((len(prompts), g), len(live), np.int32)
     for b, name in enumerate(live):
         if name is not None:
             i = place[name[0]]
@@ -229,7 +258,8 @@ def _slots(live, groups: list[int], g: int) -> tuple[Array, RowSlots]:
 
 
 @jax.jit
-def _row_keys(origin, words: Array) -> Array:
+def _row_keys(origin: tuple[int, int], words: Array) -> Array:
+    """The key of each row: words [B, 4] = two of the prompt's hash, sample, attempt. A token folds in its position too."""
     key = functools.reduce(jax.random.fold_in, origin, jax.random.key(0))
     return jax.vmap(lambda w: functools.reduce(jax.random.fold_in, w, key))(words)
 
@@ -240,13 +270,18 @@ def _prefill(config: DecoderConfig, params: Params, tokens: Array, lengths: Arra
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _decode(config: DecoderConfig, sampling: Sampling, steps: int, params: Params, pool: _Pool) -> tuple[_Pool, Array, Array]:
-    """Draws `steps` tokens for every row: (pool, tokens [steps, B], logp [steps, B]). The pool is donated."""
+def _decode(
+    config: DecoderConfig, cut: tuple[float, float, int], steps: int, params: Params, pool: _Pool
+) -> tuple[_Pool, Array, Array]:
+    """Draws `steps` tokens for every row: (pool, tokens [steps, B], logp [steps, B]). The pool is donated.
+
+    `cut` is (temperature, top_p, top_k), and not all of `Sampling`: nothing else of it should compile this again.
+    """
 
     def one(carry, _):
         hidden, responses = carry
         keys = jax.vmap(jax.random.fold_in)(pool.key, responses.length)
-        token, logp = choose(decoder.unembed(params, hidden), keys, sampling.temperature, sampling.top_p, sampling.top_k)
+        token, logp = choose(decoder.unembed(params, hidden), keys, *cut)
         hidden, responses = decoder.decode_step(config, params, token, pool.group, pool.prompts, responses, pool.slots)
         return (hidden, responses), (token, logp)
 
@@ -254,17 +289,17 @@ def _decode(config: DecoderConfig, sampling: Sampling, steps: int, params: Param
     return _Pool(hidden, pool.key, pool.group, pool.slots, pool.prompts, responses), tokens, logp
 
 
-def _shrink(pool: _Pool, rows: _Rows, b: int, capacity: int, sampling: Sampling, shards: int) -> tuple[_Pool, _Rows]:
+def _shrink(job: _Job, pool: _Pool, live: Sequence[_Name | None], b: int, capacity: int) -> tuple[_Pool, list[_Name | None]]:
     """Keeps the live rows, in b rows with room for `capacity` tokens, and the prompts that they still read."""
-    kept = [i for i, name in enumerate(rows.live) if name is not None]
-    live = [rows.live[i] for i in kept] + [None] * (b - len(kept))
+    kept = [i for i, name in enumerate(live) if name is not None]
+    now = [live[i] for i in kept] + [None] * (b - len(kept))
     old_group = np.asarray(pool.group)
-    place = {rows.live[i][0]: int(old_group[i]) for i in kept}  # group -> its index in the present prompt cache
-    n = min(pool.prompts.length.shape[0], -(-bucket(len(place), 1) // shards) * shards)
-    group, slots = _slots(live, [*place, *[-1] * (n - len(place))], sampling.group_size)
+    place = {live[i][0]: int(old_group[i]) for i in kept}  # prompt -> its index in the present cache
+    n = min(pool.prompts.length.shape[0], _multiple(bucket(len(place), 1), job.shards))
+    group, slots = _slots(now, [*place, *[-1] * (n - len(place))], job.sampling.group_size)
     take_rows = jnp.asarray(kept + [0] * (b - len(kept)))
     take_prompts = jnp.asarray([*place.values(), *[0] * (n - len(place))])
-    return _repack(pool, take_rows, take_prompts, group, slots, capacity), _Rows(live, rows.tokens, rows.logp)
+    return _repack(pool, take_rows, take_prompts, group, slots, capacity), now
 
 
 @functools.partial(jax.jit, static_argnums=5)
@@ -278,22 +313,13 @@ def _repack(pool: _Pool, take_rows: Array, take_prompts: Array, group: Array, sl
     return _Pool(pool.hidden[take_rows], pool.key[take_rows], group, slots, prompts, responses)
 
 
-def _place(pool: _Pool, mesh: Mesh | None, row_axes: tuple[str, ...]) -> _Pool:
+def _place(job: _Job, pool: _Pool) -> _Pool:
     """Splits rows and prompts over the mesh; the layer axis of the caches comes first."""
-    if mesh is None:
+    if job.mesh is None:
         return pool
-    lead, second = NamedSharding(mesh, PartitionSpec(row_axes)), NamedSharding(mesh, PartitionSpec(None, row_axes))
-    return jax.device_put(
-        pool,
-        _Pool(
-            lead,
-            lead,
-            lead,
-            RowSlots(lead, lead),
-            PromptCache(second, second, lead),
-            ResponseCache(second, second, lead),
-        ),
-    )
+    lead, second = (NamedSharding(job.mesh, PartitionSpec(*axes)) for axes in ([job.row_axes], [None, job.row_axes]))
+    caches = PromptCache(second, second, lead), ResponseCache(second, second, lead)
+    return jax.device_put(pool, _Pool(lead, lead, lead, RowSlots(lead, lead), *caches))
 
 
 # ---------------------------------------------------------------- drawing a token
@@ -324,24 +350,29 @@ def choose(logits: Array, keys: Array, temperature: float, top_p: float = 1.0, t
 def _invert(weights: Array, target: Array) -> tuple[Array, Array]:
     """The index at which the running sum of weights [B, n] passes target [B], and the target less the sum before it.
 
-    Never an index of weight 0, whatever rounding does at the end of the sum.
+    Never an index of weight 0, whatever rounding does.
     """
     upto = jnp.cumsum(weights, -1)
-    index = (upto <= target[:, None]).sum(-1)
+    # The target may round to below the first weight or to above the sum of all: the first or last index there is.
+    passed = (upto > target[:, None]) & (weights > 0)
     last = weights.shape[-1] - 1 - jnp.argmax(weights[:, ::-1] > 0, -1)
-    index = jnp.minimum(index, last)
+    index = jnp.where(passed.any(-1), jnp.argmax(passed, -1), last)
     before = jnp.take_along_axis(upto - weights, index[:, None], -1)[:, 0]
     return index, target - before
 
 
 def _cut(scores: Array, top_p: float, top_k: int) -> Array:
-    """Scores with everything outside the top k, and outside the smallest set of probability top_p, at -inf."""
+    """Scores with everything outside the top k, and then outside the smallest set of probability top_p, at -inf.
+
+    top_p counts within the top k. Tokens that tie with the last one kept are kept too.
+    """
     if top_p >= 1 and top_k <= 0:
         return scores
     ordered = jnp.sort(scores, -1)[:, ::-1]
     keep = jnp.arange(scores.shape[-1]) < (top_k if top_k > 0 else scores.shape[-1])
-    mass = jax.nn.softmax(jnp.where(keep, ordered, -jnp.inf), -1)
-    keep = keep & (jnp.cumsum(mass, -1) - mass < top_p)
+    if top_p < 1:  # at 1, rounding of the sum would still cut the tail
+        mass = jax.nn.softmax(jnp.where(keep, ordered, -jnp.inf), -1)
+        keep = keep & (jnp.cumsum(mass, -1) - mass < top_p)
     lowest = jnp.min(jnp.where(keep, ordered, jnp.inf), -1, keepdims=True)
     return jnp.where(scores >= lowest, scores, -jnp.inf)
 

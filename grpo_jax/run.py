@@ -57,7 +57,7 @@ def open_run(
         "resolved": {"device": jax.devices()[0].device_kind, "dtype": objective.dtype},
     }
     reference = jax.tree.map(jnp.copy, learner.cast(params, objective.dtype)) if objective.kl_coefficient else None
-    state = {"params": params, "optimizer": jax.jit(optimizer.init)(params)}
+    state = {"params": params, "optimizer": learner.init_state(optimizer, params)}
     checkpoints = checkpoint.Checkpoints(config.run.dir, config.checkpoint.keep)
     restored = checkpoints.restore(state, console.warn)
     if restored is not None:

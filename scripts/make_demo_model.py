@@ -72,7 +72,9 @@ def load(folder: Path) -> tuple[Policy, Params]:
     return policy, inputs.load_params(policy, mesh.make(config.Mesh()))
 
 
-def stage(policy: Policy, params: Params, steps: int, rate: float, careless: float, seed: int, label: str) -> Params:
+def stage(
+    policy: Policy, params: Params, steps: int, rate: float, careless: float, seed: int, label: str, folder: Path
+) -> Params:
     """`steps` optimizer steps on fresh rows, of which the share `careless` is by the careless annotator."""
     if not steps:
         return params
@@ -94,6 +96,8 @@ def stage(policy: Policy, params: Params, steps: int, rate: float, careless: flo
             CONSOLE.print(f"{label}, step {step + 1}: loss {loss:.4f}, {seconds:.0f} s")
         if step % 500 == 499:
             measure(policy, params, f"{label}, step {step + 1}", 128)
+            save(folder, policy, params)
+    save(folder, policy, params)
     return params
 
 
@@ -113,16 +117,16 @@ def measure(policy: Policy, params: Params, label: str, count: int = 256) -> dic
     return found
 
 
+def save(folder: Path, policy: Policy, params: Params) -> None:
+    hf.save(folder, policy.model, jax.device_get(params), policy.tokenizer, dtype="float32")
+
+
 def main(args: Args) -> None:
     policy, params = new_policy(args) if args.start is None else load(args.start)
-    params = stage(policy, params, args.able, args.able_rate, 0.0, 1, "able")
-    if args.able:
-        able = args.out.with_name(f"{args.out.name}-able")
-        hf.save(able, policy.model, jax.device_get(params), policy.tokenizer, dtype="float32")
-        measure(policy, params, f"after the first stage, in {able}")
-    params = stage(policy, params, args.careless, args.careless_rate, 1.0, 2, "careless")
-    hf.save(args.out, policy.model, jax.device_get(params), policy.tokenizer, dtype="float32")
-    measure(policy, params, "made")
+    able = args.out.with_name(f"{args.out.name}-able")
+    params = stage(policy, params, args.able, args.able_rate, 0.0, 1, "able", able)
+    params = stage(policy, params, args.careless, args.careless_rate, 1.0, 2, "careless", args.out)
+    measure(policy, params, f"{args.out}")
 
 
 if __name__ == "__main__":

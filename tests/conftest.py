@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests."""
+"""Fixtures for all tests."""
 
 import jax
 import pytest
@@ -11,3 +11,18 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """A Hugging Face folder: a random Qwen2 model of 20k parameters with the demo's tokenizer; it has learned nothing."""
+    from data import demo
+    from models import decoder, hf
+
+    tokenizer = demo.build_tokenizer(demo.tokenizer_texts(demo.sft_rows(300, 0, 0.0)), 400)
+    eos = (tokenizer.eos_token_id,)
+    config = decoder.DecoderConfig("qwen2", len(tokenizer), 32, 48, 2, 4, 2, 8, 1e4, max_positions=1024, eos_token_ids=eos)
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    params = jax.tree.map(lambda x: 5 * x, decoder.init(config, jax.random.key(0)))  # larger: rewards and tokens vary
+    hf.save(folder, config, params, tokenizer, dtype="float32")
+    return str(folder)

@@ -25,6 +25,9 @@ def run(way, function, *args, **static):
     return (jax.jit(bound) if way == "jit" else bound)(*args)
 
 
+compiled = functools.partial(run, "jit")
+
+
 def close(found, want, tolerance=1e-13):
     chex.assert_trees_all_close(found, jnp.asarray(want), rtol=tolerance, atol=tolerance)
 
@@ -69,21 +72,19 @@ def test_advantages_equal_the_formula(x64, way, normalize, group):
     close(found, advantages_of(rewards, normalize))
 
 
-@WAYS
-def test_advantages_worked_by_hand(x64, way):
+def test_advantages_worked_by_hand(x64):
     """Rewards 1, 0, 0, 0: mean 1/4 and, with ddof = 1, std sqrt((9 + 3) / 16 / 3) = 1/2."""
-    found = run(way, loss.group_advantages, jnp.array([[1.0, 0.0, 0.0, 0.0]]), eps=0.0)
+    found = compiled(loss.group_advantages, jnp.array([[1.0, 0.0, 0.0, 0.0]]), eps=0.0)
     close(found, [[1.5, -0.5, -0.5, -0.5]])
-    found = run(way, loss.group_advantages, jnp.array([[1.0, 0.0, 0.0, 0.0]]), normalize="mean_only")
+    found = compiled(loss.group_advantages, jnp.array([[1.0, 0.0, 0.0, 0.0]]), normalize="mean_only")
     close(found, [[0.75, -0.25, -0.25, -0.25]])
-    close(run(way, loss.group_advantages, jnp.array([[2.0, 0.0]]), eps=0.5), [[1 / (2**0.5 + 0.5), -1 / (2**0.5 + 0.5)]])
+    close(compiled(loss.group_advantages, jnp.array([[2.0, 0.0]]), eps=0.5), [[1 / (2**0.5 + 0.5), -1 / (2**0.5 + 0.5)]])
 
 
-@WAYS
-def test_a_group_of_one_has_mean_0_and_std_1(x64, way):
+def test_a_group_of_one_has_mean_0_and_std_1(x64):
     rewards = jnp.array([[1.0], [0.0], [-0.2]])
-    close(run(way, loss.group_advantages, rewards), rewards / (1 + 1e-6), 0)
-    close(run(way, loss.group_advantages, rewards, normalize="mean_only"), rewards, 0)
+    close(compiled(loss.group_advantages, rewards), rewards / (1 + 1e-6), 0)
+    close(compiled(loss.group_advantages, rewards, normalize="mean_only"), rewards, 0)
 
 
 @WAYS
@@ -133,7 +134,7 @@ def test_adding_a_constant_to_the_rewards_changes_nothing(x64, rewards, constant
 
 
 @PROPERTY
-@given(rewards=REWARDS, scale=st.sampled_from([1e-3, 0.3, 7.0, 1e4]))
+@given(rewards=REWARDS, scale=st.sampled_from([0.01, 0.3, 7.0, 1e4]))
 def test_scaling_the_rewards_changes_nothing_but_through_eps(x64, rewards, scale):
     rewards = np.array(rewards)
     if rewards.shape[1] > 1:
@@ -199,23 +200,21 @@ BY_HAND = [
 ]
 
 
-@WAYS
-def test_objective_and_its_gradient_worked_by_hand(x64, way):
+def test_objective_and_its_gradient_worked_by_hand(x64):
     ratio, advantage, want, want_clipped = map(np.array, zip(*BY_HAND, strict=True))
     logp, old = np.log(ratio) - 3, np.full(len(ratio), -3.0)
     objective = functools.partial(loss.token_objective, clip_low=0.25, clip_high=0.5)
-    found, clipped = run(way, objective, logp, old, advantage)
+    found, clipped = compiled(objective, logp, old, advantage)
     close(found, want, 1e-14)
     np.testing.assert_array_equal(clipped, want_clipped)
-    gradient = run(way, jax.grad(lambda x: objective(x, old, advantage)[0].sum()), logp)
+    gradient = compiled(jax.grad(lambda x: objective(x, old, advantage)[0].sum()), logp)
     close(gradient, np.where(want_clipped, 0, -ratio * advantage), 1e-14)  # d ratio / d logp = ratio
     np.testing.assert_array_equal(gradient[want_clipped], 0)
 
 
-@WAYS
 @pytest.mark.parametrize("advantage", [1.5, -1.5])
 @pytest.mark.parametrize("d", [0.2, -0.2])
-def test_a_ratio_exactly_at_an_edge_is_not_clipped_and_just_beyond_is(x64, way, advantage, d):
+def test_a_ratio_exactly_at_an_edge_is_not_clipped_and_just_beyond_is(x64, advantage, d):
     logp, old = jnp.array([d]), jnp.zeros(1)
     ratio = float(jnp.exp(logp)[0])
     edge = ratio - 1 if d > 0 else 1 - ratio
@@ -223,7 +222,7 @@ def test_a_ratio_exactly_at_an_edge_is_not_clipped_and_just_beyond_is(x64, way, 
     wanted = (d > 0) == (advantage > 0)  # the side on which the objective stops paying
     name = "clip_high" if d > 0 else "clip_low"
     for width, clipped in [(edge, False), (edge - 1e-9, wanted), (edge + 1e-9, False)]:
-        found, at = run(way, loss.token_objective, logp, old, jnp.array([advantage]), **{name: width})
+        found, at = compiled(loss.token_objective, logp, old, jnp.array([advantage]), **{name: width})
         assert bool(at[0]) is clipped
         close(found, [-advantage * ratio], 1e-8)
 
@@ -258,18 +257,16 @@ def test_aggregate_and_policy_loss_are_sums_and_counts(x64, way):
     assert 0 < clipped[mask].sum() < clipped.sum()
 
 
-@WAYS
-def test_an_all_false_mask_gives_0_and_no_gradient(way):
+def test_an_all_false_mask_gives_0_and_no_gradient():
     x, mask = jnp.array([[1.0, -2.0]]), jnp.zeros((1, 2), bool)
-    assert [float(v) for v in run(way, loss.aggregate, x, mask)] == [0, 0]
-    assert [float(v) for v in run(way, loss.policy_loss, x, x - 1, x, mask)] == [0, 0, 0]
-    np.testing.assert_array_equal(run(way, jax.grad(lambda y: loss.policy_loss(y, x, x, mask)[0]), x), 0)
+    assert [float(v) for v in compiled(loss.aggregate, x, mask)] == [0, 0]
+    assert [float(v) for v in compiled(loss.policy_loss, x, x - 1, x, mask)] == [0, 0, 0]
+    np.testing.assert_array_equal(compiled(jax.grad(lambda y: loss.policy_loss(y, x, x, mask)[0]), x), 0)
 
 
-@WAYS
-def test_what_lies_under_the_mask_does_not_matter(way):
+def test_what_lies_under_the_mask_does_not_matter():
     x, mask = jnp.array([1.0, jnp.nan, jnp.inf, 3.0]), jnp.array([True, False, False, True])
-    assert [float(v) for v in run(way, loss.aggregate, x, mask)] == [4, 2]
+    assert [float(v) for v in compiled(loss.aggregate, x, mask)] == [4, 2]
 
 
 def test_a_sum_cut_in_two_is_the_same_sum(x64):
@@ -303,14 +300,13 @@ def test_kl_worked_by_hand(x64):
         assert float(loss.kl_estimate(logp, logp, kind=kind)[0]) == 0
 
 
-@WAYS
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_k3_is_clamped_and_its_gradient_finite_far_out(x64, way, dtype):
+def test_k3_is_clamped_and_its_gradient_finite_far_out(x64, dtype):
     d = jnp.asarray([100.0, -100.0, 1e4, -1e4, 19.0, 2.7, -11.1], dtype)  # the last two: just beyond the clamp
     logp = jnp.full(d.shape, -1.0, dtype)
-    found = run(way, loss.kl_estimate, logp, logp + d)
+    found = compiled(loss.kl_estimate, logp, logp + d)
     chex.assert_trees_all_equal(found, jnp.full(d.shape, 10.0, dtype))
-    gradient = run(way, jax.grad(lambda x: loss.kl_estimate(x, logp + d).sum()), logp)
+    gradient = compiled(jax.grad(lambda x: loss.kl_estimate(x, logp + d).sum()), logp)
     chex.assert_trees_all_equal(gradient, jnp.zeros_like(logp))
 
 
@@ -330,11 +326,10 @@ def test_entropy_equals_the_formula(x64, way):
     close(run(way, loss.entropy, logits + 1e4), found, 1e-9)
 
 
-@WAYS
-def test_entropy_worked_by_hand(x64, way):
+def test_entropy_worked_by_hand(x64):
     logits = jnp.log(jnp.array([[0.25, 0.25, 0.25, 0.25], [0.5, 0.25, 0.125, 0.125], [1.0, 1e-300, 1e-300, 1e-300]]))
-    close(run(way, loss.entropy, logits), [2 * math.log(2), 1.75 * math.log(2), 0.0], 1e-15)
-    gradient = run(way, jax.grad(lambda x: loss.entropy(x).sum()), logits)
+    close(compiled(loss.entropy, logits), [2 * math.log(2), 1.75 * math.log(2), 0.0], 1e-15)
+    gradient = compiled(jax.grad(lambda x: loss.entropy(x).sum()), logits)
     p = np.exp(logits)
     want = -p * (logits + np.array([2, 1.75, 0])[:, None] * math.log(2))  # -p (log p + H)
     close(gradient, want, 1e-14)

@@ -1,0 +1,411 @@
+"""The learner in float64: the shared prompt against copied ones, any cutting against any other, and the optimizer step.
+
+The reference computes every response by itself, its prompt copied in front of it, with `decoder.logits` and the loss's
+functions. Distances are relative to the largest number of each array.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import fields, replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from grpo_jax import config, learner, loss
+from grpo_jax.group import Group
+from grpo_jax.learner import Objective, Sums
+from grpo_jax.packing import pack
+from models import decoder
+from models.decoder import DecoderConfig
+
+EXACT = 1e-9
+ODD = DecoderConfig("qwen2", 31, 18, 20, 2, 9, 3, 2, tied=True)  # 3 query heads to each of 3 key heads
+UNTIED = DecoderConfig("qwen2", 29, 24, 20, 2, 6, 2, 4, tied=False)
+# Every term of the loss at once, with a temperature, clip edges and a chunk of the head that divides nothing.
+ALL = Objective(
+    temperature=0.7,
+    clip_low=0.2,
+    clip_high=0.3,
+    kl_coefficient=0.05,
+    entropy_coefficient=0.02,
+    dtype="float64",
+    remat=False,
+    head_chunk=7,
+)
+
+# (prompt length, response lengths) of each group
+ONE, FIVE, EIGHT = (6, [8]), (9, [1, 6, 3, 2, 6]), (1, [2, 3, 1, 1, 3, 4, 1, 2])
+TEN = [(5, [4]), (3, [5, 1]), (7, [1, 6, 3, 2, 6]), EIGHT, (4, [3, 3, 1]), (6, [2, 2]), (2, [6, 1, 4]), (8, [2, 1, 1])]
+TEN += [(3, [7, 2]), (9, [3])]
+
+
+@pytest.fixture(autouse=True)
+def quick():
+    """Leaves out the compiler's last efforts: these programs take seconds to compile and run once. Memory stays the same."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+# Groups, and what is laid over their packs
+
+
+@functools.cache
+def params_of(model, dtype="float64"):
+    """Large and uneven weights: a term that is missing or wrong shows in the first digit."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape) + (x.shape[-1:] == x.shape), dtype), decoder.shapes(model)
+    )
+
+
+def draw(model, lengths, temperature=ALL.temperature):
+    """Groups with random tokens and advantages; their sampler's log-probs are near the policy's own."""
+    rng = np.random.default_rng(1)
+    groups = []
+    for p, rs in lengths:
+        prompt, *ids = (rng.integers(0, model.vocab, n).astype(np.int32) for n in (p, *rs))
+        blank = tuple(np.zeros(r) for r in rs)
+        groups.append(Group(prompt, tuple(ids), blank, (False,) * len(rs), rng.normal(size=len(rs))))
+    rows = iter(np.asarray(copied_logprobs(model, temperature, params_of(model), copies(groups))[0]))
+    noisy = lambda r, row: row[: len(r)] + 0.3 * rng.normal(size=len(r))  # noqa: E731
+    return [replace(g, sampler_logp=tuple(noisy(r, next(rows)) for r in g.responses)) for g in groups]
+
+
+def old_of(sampler_logp):
+    return sampler_logp + 0.2 * jnp.sin(50 * sampler_logp)
+
+
+def reference_of(sampler_logp):
+    return sampler_logp + 0.5 * jnp.cos(40 * sampler_logp)
+
+
+def packs_of(groups, budget=1000, shards=1):
+    """Packs whose old and reference log-probs differ from the sampler's, as functions of it: so wherever a token may lie."""
+    return [
+        replace(one, old_logp=old_of(one.sampler_logp), ref_logp=reference_of(one.sampler_logp))
+        for one in pack(groups, budget, shards).packs
+    ]
+
+
+# The reference: prompts copied
+
+
+def copies(groups, rows=32, width=18, longest=8):
+    """Every response as `[prompt | response]`, all in one padded batch of a fixed size, so that it is compiled once."""
+    tokens, lengths = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
+    source, target = np.zeros((rows, longest), np.int32), np.zeros((rows, longest), np.int32)
+    mask, sampler, advantage = np.zeros((rows, longest), bool), np.zeros((rows, longest)), np.zeros((rows, 1))
+    every = [(g.prompt, *one) for g in groups for one in zip(g.responses, g.sampler_logp, g.advantages, strict=True)]
+    for i, (prompt, ids, logp, a) in enumerate(every):
+        p, r = len(prompt), len(ids)
+        tokens[i, : p + r], lengths[i] = np.concatenate([prompt, ids]), p + r
+        source[i, :r] = p - 1 + np.arange(r)
+        target[i, :r], mask[i, :r], sampler[i, :r], advantage[i] = ids, True, logp, a
+    names = ("tokens", "lengths", "source", "target", "mask", "sampler", "advantage")
+    return dict(zip(names, (tokens, lengths, source, target, mask, sampler, advantage), strict=True))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def copied_logprobs(model, temperature, params, batch):
+    scores = decoder.logits(model, params, batch["tokens"], batch["lengths"]) / temperature
+    logp = jax.nn.log_softmax(jnp.take_along_axis(scores, batch["source"][..., None], axis=1))
+    return jnp.take_along_axis(logp, batch["target"][..., None], -1)[..., 0], -(jnp.exp(logp) * logp).sum(-1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def copied(model, o, params, batch):
+    """(gradient of the mean loss, {name: sum}) of what `copies` made."""
+
+    def mean(params):
+        logp, entropy = copied_logprobs(model, o.temperature, params, batch)
+        mask, sampler = batch["mask"], batch["sampler"]
+        total, count, clipped = loss.policy_loss(
+            logp, old_of(sampler), batch["advantage"], mask, clip_low=o.clip_low, clip_high=o.clip_high
+        )
+        kl = jnp.where(mask, loss.kl_estimate(logp, reference_of(sampler), kind=o.kl_kind), 0).sum()
+        entropy = jnp.where(mask, entropy, 0).sum()
+        total = total + o.kl_coefficient * kl - o.entropy_coefficient * entropy
+        gap = jnp.where(mask, jnp.abs(logp - sampler), 0)
+        sums = dict(count=count, loss=total, kl=kl, entropy=entropy, clipped=clipped)
+        return total / count, sums | dict(mismatch=gap.sum(), mismatch_max=gap.max())
+
+    return jax.grad(mean, has_aux=True)(params)
+
+
+# Ours, and the distance between the two
+
+
+def accumulated(model, objective, params, packs):
+    """(gradient of the mean loss, {name: sum}) of packs."""
+    sums = learner.zeros(params)
+    for one in packs:
+        sums = learner.accumulate(model, objective, params, sums, one)
+    scalars = {f.name: getattr(sums, f.name) for f in fields(sums) if f.name != "gradient"}
+    return jax.tree.map(lambda g: g / sums.count, sums.gradient), scalars
+
+
+def distance(found, want):
+    """The largest difference of two trees, each array relative to its largest number."""
+    chex.assert_trees_all_equal_shapes(found, want)
+
+    def relative(a, b):
+        a, b = np.asarray(a), np.asarray(b)
+        return float(np.abs(a - b).max() / (np.abs(b).max() or 1.0))
+
+    return max(jax.tree.leaves(jax.tree.map(relative, found, want)))
+
+
+def agree(model, objective, groups, packs, tolerance=EXACT):
+    """Asserts that sums and gradient of the packs equal those of the copied computation; returns ours."""
+    gradient, sums = accumulated(model, objective, params_of(model), packs)
+    want_gradient, want = copied(model, objective, params_of(model), copies(groups))
+    assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(want_gradient)) > 1e-5  # or equality would say nothing
+    far = {"gradient": distance(gradient, want_gradient), "sums": distance(sums, want)}
+    print(far)
+    assert max(far.values()) < tolerance, far
+    return gradient, sums
+
+
+# The shared prompt
+
+
+@pytest.mark.parametrize(
+    "model, lengths",
+    [(ODD, [ONE]), (ODD, TEN), (UNTIED, TEN)],
+    ids=["one", "ten groups", "ten groups, untied, remat, k2, chunk of 1024"],
+)
+def test_the_shared_prompt_gives_the_loss_and_every_gradient_of_copied_ones(x64, model, lengths):
+    objective = ALL if model is ODD else replace(ALL, remat=True, kl_kind="k2", head_chunk=1024)
+    groups = draw(model, lengths)
+    (one,) = packs_of(groups)
+    _, sums = agree(model, objective, groups, [one])
+    assert sums["count"] == one.mask.sum() == sum(g.response_tokens for g in groups)
+    assert 0 < sums["clipped"] < sums["count"] and sums["mismatch_max"] > 0.1
+    if lengths is TEN:
+        assert {len(g.responses) for g in groups} >= {1, 2, 5, 8}
+        assert one.tokens.size > sum(g.tokens for g in groups) and one.mask.size > sums["count"]  # padding of both kinds
+
+
+def test_an_empty_row_adds_nothing(x64):
+    groups = draw(ODD, [FIVE])
+    (one,) = packs_of(groups, shards=2)
+    assert one.mask[0].any() and not one.mask[1].any()
+    agree(ODD, ALL, groups, [one])
+
+
+def test_log_probs_are_those_of_the_copied_prompts(x64):
+    groups = draw(ODD, TEN)
+    (one,) = packs_of(groups)
+    found = np.asarray(learner.logprobs(ODD, ALL, params_of(ODD), one))
+    assert found.shape == one.mask.shape and found.dtype == np.float64
+    batch = copies(groups)
+    want = np.asarray(copied_logprobs(ODD, ALL.temperature, params_of(ODD), batch)[0])
+    by_token = lambda sampler, mask, logp: dict(zip(sampler[mask].tolist(), logp[mask].tolist(), strict=True))  # noqa: E731
+    ours, theirs = by_token(one.sampler_logp, one.mask, found), by_token(batch["sampler"], batch["mask"], want)
+    assert ours.keys() == theirs.keys() and len(ours) == one.mask.sum()
+    assert max(abs(ours[k] - theirs[k]) for k in theirs) < 1e-12
+
+
+def test_groups_without_variance_carry_the_gradient_of_the_kl(x64):
+    groups = [replace(g, advantages=0 * g.advantages) for g in draw(ODD, TEN)]
+    gradient, sums = agree(ODD, ALL, groups, packs_of(groups))
+    terms = ALL.kl_coefficient * sums["kl"] - ALL.entropy_coefficient * sums["entropy"]
+    np.testing.assert_allclose(sums["loss"], terms, rtol=1e-12)
+    assert sums["kl"] > 0 and sums["clipped"] == 0 and optax.global_norm(gradient) > 1e-2
+
+
+def test_cross_entropy_is_the_mean_negative_log_prob(x64):
+    groups = draw(ODD, TEN, temperature=1.0)
+    objective = replace(ALL, kind="cross_entropy", temperature=1.0)
+    packs = pack(groups, 1000).packs
+    gradient, sums = accumulated(ODD, objective, params_of(ODD), packs)
+    batch = copies(groups)
+
+    @jax.jit
+    @jax.value_and_grad
+    def mean(params):
+        logp, _ = copied_logprobs(ODD, 1.0, params, batch)
+        return -jnp.where(batch["mask"], logp, 0).sum() / batch["mask"].sum()
+
+    value, want = mean(params_of(ODD))
+    assert sums["kl"] == sums["clipped"] == 0
+    assert distance([sums["loss"] / sums["count"], gradient], [value, want]) < EXACT
+
+
+# Cutting
+
+
+@functools.cache
+def whole():
+    """Gradient, new parameters, optimizer state and scalars from one micro-batch."""
+    packs = packs_of(draw(ODD, TEN))
+    assert len(packs) == 1
+    return accumulated(ODD, ALL, params_of(ODD), packs)[0], *updated(packs)
+
+
+@functools.cache
+def optimizer():
+    return learner.make_optimizer(config.Optimizer(learning_rate=1e-3), 10)[0]
+
+
+def updated(packs, objective=ALL):
+    copy = functools.partial(jax.tree.map, jnp.copy)  # update takes what it is given
+    params = copy(params_of(ODD))
+    return learner.update(ODD, objective, optimizer(), params, optimizer().init(params), packs)
+
+
+@pytest.mark.parametrize(
+    "budget, shards, shuffled, micro_batches, repeated",
+    [(80, 1, False, 2, 0), (24, 1, True, 7, 1), (80, 2, False, 1, 0)],
+    ids=["two", "seven, shuffled, one group split", "two shards"],
+)
+def test_cutting_changes_neither_gradient_nor_update(x64, budget, shards, shuffled, micro_batches, repeated):
+    """Against one micro-batch of one row."""
+    groups = draw(ODD, TEN)
+    if shuffled:
+        groups = [groups[i] for i in np.random.default_rng(0).permutation(len(groups))]
+    packed, packs = pack(groups, budget, shards), packs_of(groups, budget, shards)
+    assert (len(packs), packed.repeated_prompts, len(packs[0].tokens)) == (micro_batches, repeated, shards)
+    want_gradient, want_params, want_state, want_scalars = whole()
+    gradient, _ = accumulated(ODD, ALL, params_of(ODD), packs)
+    params, state, scalars = updated(packs)
+    minus = functools.partial(jax.tree.map, jnp.subtract)
+    step, want_step = minus(params, params_of(ODD)), minus(want_params, params_of(ODD))
+    assert float(jnp.abs(want_step["embed"]).max()) == pytest.approx(1e-3, rel=0.1)  # Adam's first step
+    far = {
+        "gradient": distance(gradient, want_gradient),
+        "update": distance(step, want_step),
+        "state": distance(state, want_state),
+        "scalars": distance(scalars, want_scalars),
+    }
+    print(far)
+    assert max(far.values()) < EXACT, far
+
+
+def test_recomputation_and_chunks_of_the_head_change_nothing(x64):
+    """Against no recomputation and chunks of 7; chunks of 1024 are compared with copied prompts above."""
+    packs = packs_of(draw(ODD, [FIVE]), shards=2)
+    want, want_sums = accumulated(ODD, ALL, params_of(ODD), packs)
+    found, sums = accumulated(ODD, replace(ALL, remat=True, head_chunk=1), params_of(ODD), packs)
+    assert distance([found, sums], [want, want_sums]) < EXACT
+
+
+# Dtypes and memory
+
+
+def test_bfloat16_computation_keeps_float32_gradients_near_the_exact_ones(x64):
+    packs = packs_of(draw(ODD, [FIVE]), shards=2)
+    params = params_of(ODD, "float32")
+    gradient, sums = accumulated(ODD, replace(ALL, dtype="bfloat16"), params, packs)
+    chex.assert_trees_all_equal_shapes_and_dtypes(gradient, params)
+    assert all(jnp.isfinite(v) for v in sums.values())
+    want, want_sums = accumulated(ODD, ALL, params_of(ODD), packs)
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])  # noqa: E731
+    a, b = flat(gradient), flat(want)
+    print(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b), np.linalg.norm(a - b) / np.linalg.norm(b))
+    assert np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b)
+    assert 0 < abs(sums["entropy"] - want_sums["entropy"]) < 0.02 * want_sums["entropy"]
+
+
+def test_memory_does_not_hold_the_logits_of_all_tokens():
+    """Compiled, not run: 1024 more response tokens may cost no eighth of their logits (on CPU: 2 MB of 622 MB)."""
+    model = DecoderConfig("qwen2", 151_936, 64, 128, 2, 4, 2, 16, tied=True)
+    objective = Objective(kl_coefficient=1e-3, head_chunk=256)
+
+    def temporary(tokens):
+        ids = np.zeros(tokens // 8, np.int32)
+        group = Group(np.zeros(64, np.int32), (ids,) * 8, (ids.astype(np.float32),) * 8, (False,) * 8, np.zeros(8))
+        (one,) = pack([group], 4096).packs
+        assert one.mask.sum() == tokens
+        params = decoder.shapes(model)
+        arguments = jax.eval_shape(lambda *x: x, params, jax.eval_shape(learner.zeros, params), one)
+        return learner.accumulate.lower(model, objective, *arguments).compile().memory_analysis().temp_size_in_bytes
+
+    chunk = 256 * model.vocab * 4
+    few, many = temporary(1024), temporary(2048)
+    print(f"{few / 1e6:.0f} MB and {many / 1e6:.0f} MB, {few / chunk:.2f} chunks of logits")
+    assert many - few < 1024 * model.vocab * 4 / 8
+    assert few < 6 * chunk
+
+
+# The optimizer step
+
+
+def sums_of(gradient, count, **more):
+    scalars = dict.fromkeys([f.name for f in fields(Sums)][1:], 0.0) | {"count": float(count)} | more
+    return Sums(jax.tree.map(jnp.asarray, gradient), **{k: jnp.asarray(v) for k, v in scalars.items()})
+
+
+def test_apply_is_adamw_of_the_mean_gradient_clipped_to_its_norm(x64):
+    """Two steps, the first beyond the norm and the second within, against the formulas."""
+    settings = config.Optimizer(learning_rate=0.1, weight_decay=0.5, clip_norm=2.0, b1=0.8, b2=0.9)
+    adamw, _ = learner.make_optimizer(settings, 10)
+    p, mu, nu = np.array([1.0, -2.0, 0.5]), np.zeros(3), np.zeros(3)
+    params = {"w": jnp.asarray(p)}
+    state = adamw.init(params)
+    for t, (total, count, scale) in enumerate([([30.0, 40.0, 0.0], 10, 2 / 5), ([1.0, -2.0, 2.0], 4, 1.0)], start=1):
+        mean = np.array(total) / count
+        params, state, scalars = learner.apply(adamw, params, state, sums_of({"w": np.array(total)}, count, loss=7.0))
+        assert float(scalars["grad_norm"]) == pytest.approx(np.linalg.norm(mean), rel=1e-12)  # before it is clipped
+        assert (float(scalars["loss"]), float(scalars["count"])) == (7, count)
+        g = mean * scale
+        mu, nu = 0.8 * mu + 0.2 * g, 0.9 * nu + 0.1 * g * g
+        p = p - 0.1 * (mu / (1 - 0.8**t) / (np.sqrt(nu / (1 - 0.9**t)) + 1e-8) + 0.5 * p)
+        np.testing.assert_allclose(params["w"], p, rtol=1e-12)
+
+
+def test_apply_without_a_token_divides_by_nothing():
+    adamw, _ = learner.make_optimizer(config.Optimizer(weight_decay=0.0), 10)
+    params = {"w": jnp.ones(2)}
+    after, _, scalars = learner.apply(adamw, params, adamw.init(params), sums_of({"w": np.zeros(2, np.float32)}, 0))
+    np.testing.assert_array_equal(after["w"], 1)
+    assert float(scalars["grad_norm"]) == 0
+
+
+RATES = {
+    "constant": (dict(), {0: 0.5, 5: 0.5, 100: 0.5}),
+    "constant, warm-up": (dict(warmup=0.2), {0: 0.0, 5: 0.125, 19: 0.475, 20: 0.5, 100: 0.5}),
+    "cosine": (dict(schedule="cosine"), {0: 0.5, 25: 0.25 * (1 + math.sqrt(0.5)), 50: 0.25, 100: 0.0, 120: 0.0}),
+    "cosine, warm-up": (dict(schedule="cosine", warmup=0.2), {0: 0.0, 10: 0.25, 20: 0.5, 60: 0.25, 100: 0.0, 120: 0.0}),
+    "all warm-up": (dict(schedule="cosine", warmup=1.0), {0: 0.0, 50: 0.25, 100: 0.5, 101: 0.0}),
+}
+
+
+@pytest.mark.parametrize("options, want", RATES.values(), ids=RATES)
+def test_learning_rates_of_a_run_of_100_steps(options, want):
+    _, schedule = learner.make_optimizer(config.Optimizer(learning_rate=0.5, **options), 100)
+    for step, rate in want.items():
+        assert float(schedule(step)) == pytest.approx(rate, abs=1e-6), step
+
+
+def test_the_schedule_is_the_one_that_steps_take(x64):
+    """The first step of a warm-up has rate 0, the second rate / warm-up steps."""
+    adamw, _ = learner.make_optimizer(config.Optimizer(learning_rate=0.4, warmup=0.4, weight_decay=0.0, clip_norm=1e9), 10)
+    params = {"w": jnp.zeros(1)}
+    state = adamw.init(params)
+    for want in (0.0, -0.1, -0.3):
+        params, state, _ = learner.apply(adamw, params, state, sums_of({"w": np.ones(1)}, 1))
+        np.testing.assert_allclose(params["w"], want, atol=1e-7)
+
+
+def test_step_metrics_worked_by_hand():
+    """Sums over the optimizer steps, divided once by 40 tokens; the mismatch is the first step's alone."""
+    first = dict(count=10, loss=5.0, kl=1.0, entropy=20.0, clipped=0, mismatch=0.5, mismatch_max=0.25, grad_norm=3.0)
+    second = dict(count=30, loss=-3.0, kl=3.0, entropy=30.0, clipped=6, mismatch=9.0, mismatch_max=2.0, grad_norm=1.0)
+    assert learner.step_metrics([first, second]) == {
+        "loss": 0.05,
+        "kl/mean": 0.1,
+        "entropy/mean": 1.25,
+        "clip_fraction": 0.15,
+        "grad_norm": 2.0,
+        "rollout/logp_mismatch": 0.05,
+        "rollout/logp_mismatch_max": 0.25,
+    }
+    assert learner.step_metrics([dict.fromkeys(first, 0)]) == dict.fromkeys(learner.step_metrics([first]), 0.0)

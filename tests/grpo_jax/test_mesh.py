@@ -1,0 +1,174 @@
+"""Where parameters lie by the table, and that four devices compute what one does."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from grpo_jax import config, mesh
+from models import decoder
+from models.decoder import DecoderConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = DecoderConfig("qwen2", 32, 24, 40, 2, 12, 2, 2, tied=False)
+
+
+def abstract(data, fsdp, tensor):
+    return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
+
+
+def specs(device_mesh, model):
+    """{path: PartitionSpec} of every parameter."""
+    found = jax.tree_util.tree_leaves_with_path(mesh.shardings(device_mesh, model))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): s.spec for path, s in found}
+
+
+def test_every_parameter_lies_by_the_table():
+    qkv = PartitionSpec(None, "fsdp", "tensor", None)
+    bias = PartitionSpec(None, "tensor", None)
+    assert specs(abstract(2, 2, 2), MODEL) == {
+        "embed": PartitionSpec("tensor", "fsdp"),
+        "head": PartitionSpec("tensor", "fsdp"),
+        "norm.scale": PartitionSpec("fsdp"),
+        "layers.attention_norm.scale": PartitionSpec(None, "fsdp"),
+        "layers.ff_norm.scale": PartitionSpec(None, "fsdp"),
+        "layers.attention.q": qkv,
+        "layers.attention.k": qkv,
+        "layers.attention.v": qkv,
+        "layers.attention.o": PartitionSpec(None, "tensor", None, "fsdp"),
+        "layers.attention.q_bias": bias,
+        "layers.attention.k_bias": bias,
+        "layers.attention.v_bias": bias,
+        "layers.ff.gate": PartitionSpec(None, "fsdp", "tensor"),
+        "layers.ff.up": PartitionSpec(None, "fsdp", "tensor"),
+        "layers.ff.down": PartitionSpec(None, "tensor", "fsdp"),
+    }
+
+
+def test_a_dimension_that_does_not_divide_is_left_whole():
+    """2 key heads on 4 tensor devices are replicated; the 12 query heads, 40 wide feed-forward and 32 words divide."""
+    found = specs(abstract(1, 1, 4), MODEL)
+    assert found["layers.attention.q"] == PartitionSpec(None, "fsdp", "tensor", None)
+    assert found["layers.attention.k"] == found["layers.attention.v"] == PartitionSpec(None, "fsdp", None, None)
+    assert found["layers.attention.k_bias"] == PartitionSpec(None, None, None)
+    assert specs(abstract(1, 5, 3), MODEL)["embed"] == PartitionSpec(None, None)  # neither 32 by 3 nor 24 by 5
+
+
+@pytest.mark.parametrize("name", decoder.SIZES)
+@pytest.mark.parametrize("fsdp, tensor", [(8, 1), (8, 2), (4, 4)])
+def test_a_device_holds_its_share_of_the_published_models(name, fsdp, tensor):
+    model = decoder.SIZES[name]
+    shapes, shardings = decoder.shapes(model), mesh.shardings(abstract(1, fsdp, tensor), model)
+    parts = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), shapes, shardings)  # raises where it does not divide
+    share = sum(jax.tree.leaves(parts)) / sum(x.size for x in jax.tree.leaves(shapes)) * fsdp * tensor
+    print(name, share)
+    # On 4 tensor devices, the 14 query heads of 0.5B are left whole, and the 2 key heads of 0.5B to 3B.
+    assert 1 <= share < (1.3 if model.heads % tensor else 1.05 if model.kv_heads % tensor else 1.001)
+
+
+def test_rows_are_split_over_data_and_fsdp():
+    assert mesh.rows(abstract(2, 3, 4)).spec == PartitionSpec(("data", "fsdp"))
+    assert mesh.shards(abstract(2, 3, 4)) == 6
+
+
+def test_make_takes_the_devices_that_there_are():
+    devices = jax.device_count()
+    made = mesh.make(config.Mesh())
+    assert dict(made.shape) == {"data": devices, "fsdp": 1, "tensor": 1}
+    assert dict(mesh.make(config.Mesh(data=1, fsdp=devices)).shape) == {"data": 1, "fsdp": devices, "tensor": 1}
+
+
+@pytest.mark.parametrize("sizes", [config.Mesh(data=3, fsdp=5, tensor=7), config.Mesh(fsdp=1024), config.Mesh(fsdp=0)])
+def test_a_wrong_product_is_refused_in_one_line_with_its_options(sizes):
+    with pytest.raises(ValueError) as error:
+        mesh.make(sizes)
+    text = str(error.value)
+    assert "\n" not in text
+    for part in (f"--mesh.fsdp {sizes.fsdp}", f"--mesh.tensor {sizes.tensor}", f"there are {jax.device_count()} devices"):
+        assert part in text
+    if sizes.data:
+        assert "--mesh.data 3 x --mesh.fsdp 5 x --mesh.tensor 7 = 105" in text
+
+
+# Four devices against one, in a process of its own: the number of devices is fixed when jax starts.
+PROGRAM = """
+import json
+from dataclasses import replace
+
+import jax, jax.numpy as jnp, numpy as np, optax
+
+from grpo_jax import config, learner, mesh, packing
+from grpo_jax.group import Group
+from models import decoder
+from models.decoder import DecoderConfig
+
+jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
+MODEL = DecoderConfig("qwen2", 32, 24, 40, 2, 6, 3, 4, tied=True)  # 3 key heads: replicated on 2 tensor devices
+rng = np.random.default_rng(0)
+init = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape) + (x.shape[-1:] == x.shape), decoder.shapes(MODEL))
+groups = []
+for p, rs in [(5, [4]), (3, [5, 1]), (7, [1, 6, 3, 2, 6]), (4, [3, 3, 1]), (6, [2, 2]), (2, [6, 1, 4]), (8, [2, 1])]:
+    prompt, *ids = (rng.integers(0, 32, n).astype(np.int32) for n in (p, *rs))
+    logp = tuple(-3 + 0.5 * rng.normal(size=r) for r in rs)
+    groups.append(Group(prompt, tuple(ids), logp, (False,) * len(rs), rng.normal(size=len(rs))))
+objective = learner.Objective(temperature=0.7, kl_coefficient=0.05, entropy_coefficient=0.02, dtype="float64", head_chunk=8)
+optimizer, _ = learner.make_optimizer(config.Optimizer(learning_rate=1e-3), 10)
+
+
+def step(sizes):
+    device_mesh = mesh.make(sizes) if sizes else None
+    shards, rows = (mesh.shards(device_mesh), mesh.rows(device_mesh)) if sizes else (1, jax.devices()[0])
+    shardings = mesh.shardings(device_mesh, MODEL) if sizes else jax.devices()[0]
+    params = jax.device_put(init, shardings)
+    state = jax.jit(optimizer.init)(params)
+    packs = [packing.place(pack, rows) for pack in packing.pack(groups, 32, shards).packs]
+    packs = [replace(p, ref_logp=p.sampler_logp + jnp.cos(9 * p.sampler_logp)) for p in packs]
+    empty = learner.zeros(params).gradient
+    after, state, scalars = learner.update(MODEL, objective, optimizer, params, state, packs)
+    lies = lambda tree: all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), tree, shardings)))
+    moments = [optax.tree.get(state, name) for name in ("mu", "nu")]
+    pieces = lambda x: x.size // x.addressable_shards[0].data.size
+    return jax.device_get(after), jax.device_get(scalars), dict(
+        micro_batches=len(packs), tokens=[pieces(packs[0].tokens), len(packs[0].tokens)], embed=pieces(after["embed"]),
+        kept=not sizes or all(map(lies, [after, empty, *moments])),
+    )
+
+
+def distance(a, b):
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max() / (np.abs(y).max() or 1)), a, b)))
+
+
+minus = lambda a, b: jax.tree.map(np.subtract, a, b)
+params, scalars, facts = step(None)
+report = {"one": facts, "scalars": {k: float(v) for k, v in scalars.items()}, "moved": distance(params, init)}
+for name, sizes in {"data, fsdp": config.Mesh(data=2, fsdp=2), "fsdp, tensor": config.Mesh(data=1, fsdp=2, tensor=2)}.items():
+    found, found_scalars, facts = step(sizes)
+    facts["update"] = distance(minus(found, init), minus(params, init))
+    report[name] = facts | {"params": distance(found, params), "scalars": distance(found_scalars, scalars)}
+print(json.dumps(report))
+"""
+
+
+def test_four_devices_take_the_step_that_one_takes():
+    variables = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    print(report)
+    assert report["moved"] > 1e-4 and report["scalars"]["clipped"] > 0
+    for name, (shards, pieces) in {"data, fsdp": (4, 2), "fsdp, tensor": (2, 4)}.items():
+        found = report[name]
+        assert max(found["params"], found["scalars"]) < 1e-9, (name, found)
+        assert found["update"] < 1e-8, (name, found)  # Adam divides rounding by the smallest gradients
+        assert (found["tokens"], found["embed"], found["kept"]) == ([shards, shards], pieces, True)
+    assert [report[k]["micro_batches"] for k in ("one", "fsdp, tensor", "data, fsdp")] == [3, 2, 1]

@@ -1,0 +1,475 @@
+"""Sampling groups: against a sampler that recomputes everything, and under every way of cutting the same work."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax import learner, packing, rollout
+from grpo_jax.learner import Objective
+from grpo_jax.rollout import Sampling, Usage
+from models import decoder
+from models.decoder import DecoderConfig
+
+MODEL = DecoderConfig("qwen2", 17, 16, 24, 2, 4, 2, 4, tied=False)
+SAMPLING = Sampling((12, 14), group_size=3, max_response_tokens=12, temperature=0.7, decode_steps_per_call=4)
+WIDTH = 24  # of the recomputed sequences: one shape
+
+
+def random_params(dtype=np.float64, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape) + (x.shape[-1:] == x.shape), dtype), decoder.shapes(MODEL)
+    )
+
+
+def ragged_prompts(lengths, seed=1):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, MODEL.vocab, length).astype(np.int32) for length in lengths]
+
+
+PROMPTS = ragged_prompts([10, 12, 1, 9, 11])  # few buckets of widths, or most of the time goes into compiling
+
+
+def draw(prompts, sampling=SAMPLING, **where):
+    return rollout.sample(MODEL, random_params(), prompts, sampling, **where)[0]
+
+
+def assert_same(found, expected, atol=1e-12):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a.prompt, b.prompt)
+        assert [r.tolist() for r in a.responses] == [r.tolist() for r in b.responses]
+        assert a.truncated == b.truncated
+        for x, y in zip(a.sampler_logp, b.sampler_logp, strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=atol)
+
+
+def ids(group):
+    return [r.tolist() for r in group.responses]
+
+
+# ---------------------------------------------------------------- against the plain sampler
+
+
+@jax.jit
+def next_logits(params, tokens, length):
+    """Of one padded sequence [WIDTH], computed from its first token on: [V]."""
+    return decoder.logits(MODEL, params, tokens[None], length[None])[0, length - 1]
+
+
+def slow_response(params, prompt, sampling, seed, step, number, attempt=0):
+    """One response as the documentation has it, with nothing kept between tokens: (ids, log-probs, truncated)."""
+    digest = hashlib.sha256(prompt.astype(np.int32).tobytes()).digest()
+    words = [int.from_bytes(digest[i : i + 4], "little") for i in (0, 4)]
+    row_key = functools.reduce(jax.random.fold_in, [seed, step, *words, number, attempt], jax.random.key(0))
+    tokens, logp = [], []
+    while len(tokens) < sampling.max_response_tokens:
+        padded = np.zeros(WIDTH, np.int32)
+        padded[: len(prompt) + len(tokens)] = [*prompt, *tokens]
+        scores = np.asarray(next_logits(params, padded, np.int32(len(prompt) + len(tokens)))) / sampling.temperature
+        p = np.exp(scores - scores.max())
+        p /= p.sum()
+        u = float(jax.random.uniform(jax.random.fold_in(row_key, len(tokens)), dtype=np.float64))
+        tokens.append(int(np.searchsorted(np.cumsum(p), u, side="right")))
+        logp.append(np.log(p[tokens[-1]]))
+        if tokens[-1] in sampling.end_tokens:
+            return tokens, logp, False
+    return tokens, logp, True
+
+
+@pytest.mark.parametrize("group_size", [1, 5])
+def test_equals_a_sampler_that_recomputes_the_sequence_for_every_token(x64, group_size):
+    prompts, sampling = ragged_prompts([3, 9, 1, 6, 4, 5]), replace(SAMPLING, group_size=group_size)
+    params = random_params()
+    lengths, last = set(), Counter()
+    for prompt, group in zip(prompts, draw(prompts, sampling, seed=1, step=4), strict=True):
+        np.testing.assert_array_equal(group.prompt, prompt)
+        assert len(group.responses) == len(group.sampler_logp) == len(group.truncated) == group_size
+        for j in range(group_size):
+            tokens, logp, truncated = slow_response(params, prompt, sampling, 1, 4, j)
+            assert (group.responses[j].tolist(), group.truncated[j]) == (tokens, truncated)
+            assert group.responses[j].dtype == np.int32 and group.sampler_logp[j].dtype == np.float64
+            np.testing.assert_allclose(group.sampler_logp[j], logp, rtol=0, atol=1e-10)
+            lengths.add(len(tokens))
+            last["truncated" if truncated else tokens[-1]] += 1
+    # The cases meant were there: both end tokens, the limit, an end in the first and in a later call.
+    assert set(last) == {12, 14, "truncated"} and min(lengths) <= 4 < max(lengths - {12}) and len(lengths) >= 4
+
+
+# ---------------------------------------------------------------- the same tokens, however the work is cut
+
+
+@pytest.mark.parametrize("steps", [1, 3, 64])
+def test_steps_per_call_change_nothing(x64, steps):
+    assert_same(draw(PROMPTS[:2], replace(SAMPLING, decode_steps_per_call=steps)), draw(PROMPTS[:2]))
+
+
+@pytest.mark.parametrize("rows", [2, 7], ids=["less than a group", "pools of two groups"])
+def test_pool_size_changes_nothing(x64, rows):
+    assert_same(draw(PROMPTS, replace(SAMPLING, rows=rows)), draw(PROMPTS))
+
+
+def test_prefilling_in_parts_changes_nothing(x64, monkeypatch):
+    expected = draw(PROMPTS)
+    monkeypatch.setattr(rollout, "_PREFILL_TOKENS", 24)  # two prompts of width 12 a call, an odd one in the last
+    assert_same(draw(PROMPTS), expected)
+
+
+def test_order_and_company_of_prompts_change_nothing(x64):
+    expected, order = draw(PROMPTS), [3, 0, 4, 2, 1]
+    assert_same(draw([PROMPTS[i] for i in order]), [expected[i] for i in order])
+    assert_same(draw(PROMPTS[1:3]), expected[1:3])
+    assert_same(draw([*ragged_prompts([11, 16], seed=9), *PROMPTS])[2:], expected)
+    wide = draw(PROMPTS, replace(SAMPLING, group_size=5))  # more samples of a prompt leave the first ones as they are
+    assert [ids(group)[:3] for group in wide] == [ids(group) for group in expected]
+
+
+def test_rows_that_end_change_nothing_in_those_that_go_on(x64):
+    """Without end tokens no row leaves before the limit, so nothing is ever compacted."""
+    endless = draw(PROMPTS, replace(SAMPLING, end_tokens=()))
+    for group, whole in zip(draw(PROMPTS), endless, strict=True):
+        for response, logp, full, full_logp in zip(
+            group.responses, group.sampler_logp, whole.responses, whole.sampler_logp, strict=True
+        ):
+            assert len(full) == 12
+            np.testing.assert_array_equal(response, full[: len(response)])
+            np.testing.assert_allclose(logp, full_logp[: len(logp)], rtol=0, atol=1e-12)
+
+
+def test_seed_step_sample_and_attempt_each_give_other_tokens(x64):
+    endless = replace(SAMPLING, end_tokens=())
+    twice = [PROMPTS[1], PROMPTS[0], PROMPTS[1]]
+    runs = [draw(twice, endless), draw(twice, endless, seed=1), draw(twice, endless, step=1)]
+    responses = [tuple(r) for run in runs for group in run for r in ids(group)]
+    assert len(set(responses)) == len(responses) == 27
+
+
+def test_attempts_of_a_repeated_prompt_do_not_depend_on_order(x64):
+    a, b = PROMPTS[1], PROMPTS[0]
+    one, two = draw([a, b, a, a]), draw([b, a, a, a])
+    assert_same([two[i] for i in (1, 0, 2, 3)], one)
+    assert_same(draw([a]), one[:1])
+    assert slow_response(random_params(), a, SAMPLING, 0, 0, 1, attempt=2)[0] == ids(one[3])[1]
+
+
+# ---------------------------------------------------------------- the learner sees the same log-probs
+
+
+@pytest.mark.parametrize("dtype, atol", [("float32", 1e-4), ("float64", 1e-10)])
+def test_log_probs_equal_the_learners(request, dtype, atol):
+    if dtype == "float64":
+        request.getfixturevalue("x64")
+    params = random_params(dtype)
+    groups, usage = rollout.sample(MODEL, params, PROMPTS, SAMPLING, seed=3)
+    groups = [replace(g, advantages=np.array([1.0, -0.5, -0.5], dtype)) for g in groups]
+    packed = packing.pack(groups, 96)
+    assert len(packed.packs) > 1 and packed.response_tokens == usage.tokens
+    objective = Objective(temperature=0.7, dtype=dtype, remat=False, head_chunk=16)
+    sums = learner.zeros(params)
+    for pack in packed.packs:
+        logp = learner.logprobs(MODEL, objective, params, pack)
+        np.testing.assert_allclose(np.asarray(logp)[pack.mask], pack.sampler_logp[pack.mask], rtol=0, atol=atol)
+        sums = learner.accumulate(MODEL, objective, params, sums, pack)
+    assert sums.count == usage.tokens and sums.clipped == 0 and 0 < sums.mismatch_max < atol
+
+
+def test_greedy_is_the_argmax_of_the_whole_sequence():
+    params, prompts = random_params(np.float32), PROMPTS[:3]
+    greedy = Sampling((), group_size=2, max_response_tokens=64, temperature=0.0, decode_steps_per_call=16)
+    groups, usage = rollout.sample(MODEL, params, prompts, greedy)
+    assert usage == Usage(6 * 64, 6 * 64)
+    for prompt, group in zip(prompts, groups, strict=True):
+        assert ids(group)[0] == ids(group)[1] and group.truncated == (True, True)
+        whole = np.zeros((1, 73), np.int32)
+        length = len(prompt) + 64
+        whole[0, :length] = np.concatenate([prompt, group.responses[0]])
+        scores = jax.jit(decoder.logits, static_argnums=0)(MODEL, params, whole, np.array([length]))[0]
+        scores = scores[len(prompt) - 1 : length - 1]
+        np.testing.assert_array_equal(group.responses[0], scores.argmax(-1))
+        np.testing.assert_allclose(group.sampler_logp[0], jax.nn.log_softmax(scores).max(-1), rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------- drawing a token
+
+
+choose = jax.jit(rollout.choose, static_argnums=(2, 3, 4))
+
+
+def softmax(logits, temperature=1.0):
+    scores = np.asarray(logits, np.float64) / temperature
+    p = np.exp(scores - scores.max())
+    return p / p.sum()
+
+
+def chi_square(tokens, p):
+    counts = np.bincount(tokens, minlength=len(p))
+    assert len(counts) == len(p) and min(len(tokens) * p) >= 5
+    return ((counts - len(tokens) * p) ** 2 / (len(tokens) * p)).sum()
+
+
+# At p = 0.001, for as many degrees of freedom as tokens less one.
+@pytest.mark.parametrize("v, critical", [(3, 13.816), (50, 85.351)])
+def test_frequencies_are_those_of_the_softmax_at_the_temperature(v, critical):
+    logits, n = np.random.default_rng(2).normal(size=v).astype(np.float32), 30_000
+    keys = jax.random.split(jax.random.key(5), n)
+    tokens, logp = choose(jnp.broadcast_to(logits, (n, v)), keys, 0.7)
+    p = softmax(logits, 0.7)
+    assert chi_square(tokens, p) < critical < chi_square(tokens, softmax(logits))
+    np.testing.assert_allclose(logp, np.log(p)[tokens], rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """choose at given uniform numbers: (logits [V], u [B], ...) -> (tokens, logp)."""
+    monkeypatch.setattr(jax.random, "uniform", lambda key, dtype: key.astype(dtype))
+
+    def drawn(logits, u, temperature=1.0, top_p=1.0, top_k=0):
+        logits = jnp.asarray(logits)
+        rows = jnp.broadcast_to(logits, (len(u), len(logits)))
+        tokens, logp = rollout.choose(rows, jnp.asarray(u, logits.dtype), temperature, top_p, top_k)
+        return np.asarray(tokens), np.asarray(logp)
+
+    return drawn
+
+
+def grid(n):
+    return (np.arange(n) + 0.5) / n
+
+
+@pytest.mark.parametrize("v", [1, 2, 3, 10, 16, 50, 97, 1000])
+def test_every_token_has_its_share_of_the_unit_interval(at, v):
+    logits, n = (2 * np.random.default_rng(v).normal(size=v)).astype(np.float32), 4000
+    tokens, logp = at(logits, grid(n), 0.7)
+    p = softmax(logits, 0.7)
+    assert tokens.dtype == np.int32 and np.all(np.diff(tokens) >= 0)
+    assert np.abs(np.bincount(tokens, minlength=v) - n * p).max() < 1.01
+    np.testing.assert_allclose(logp, np.log(p)[tokens], rtol=0, atol=1e-5)
+
+
+def nextafter(x, steps):
+    return (np.float32(x).view(np.int32) + steps).view(np.float32)
+
+
+@pytest.mark.parametrize("zero", [-np.inf, -300.0], ids=["-inf", "underflow"])
+@pytest.mark.parametrize("v", [2, 7, 50, 900])
+def test_tokens_of_probability_0_are_never_drawn(at, v, zero):
+    """At u = 0, next to 1, and round every step of the cumulative distribution, where rounding decides."""
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        logits = rng.normal(size=v).astype(np.float32)
+        impossible = rng.random(v) < 0.8
+        impossible[rng.integers(v)] = False
+        logits[impossible] = zero
+        edges = np.cumsum(softmax(logits)).astype(np.float32)
+        u = np.concatenate([[0, 2.0**-24, nextafter(1, -1), 1], *(nextafter(edges, k) for k in range(-3, 4))])
+        tokens, logp = at(logits, np.clip(u, 0, 1))
+        assert not impossible[tokens].any() and np.all(np.isfinite(logp))
+
+
+def test_invert_at_the_edges():
+    weights = jnp.asarray([[0.0, 1.0, 0.0, 2.0, 0.0]], jnp.float32)
+    cases = [(-1e-9, 1), (0, 1), (0.5, 1), (nextafter(1, -1), 1), (1, 3), (2.5, 3), (nextafter(3, -1), 3), (3, 3), (4, 3)]
+    target = jnp.asarray([t for t, _ in cases], jnp.float32)
+    index, rest = rollout._invert(jnp.broadcast_to(weights, (len(cases), 5)), target)
+    assert index.tolist() == [i for _, i in cases]
+    np.testing.assert_array_equal(rest, target - jnp.asarray([0, 0, 0, 0, 1, 1, 1, 1, 1]))
+    assert rollout._invert(jnp.ones((1, 1)), jnp.ones(1))[0].tolist() == [0]
+
+
+P = np.array([0.1, 0.4, 0.2, 0.3])
+TIED = np.array([0.2, 0.3, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(
+    "p, temperature, top_p, top_k, support",
+    [
+        (P, 1.0, 1.0, 1, {1}),
+        (P, 1.0, 1.0, 2, {1, 3}),
+        (P, 1.0, 1.0, 3, {1, 2, 3}),
+        (P, 1.0, 1.0, 9, {0, 1, 2, 3}),  # more than there are
+        (P, 1.0, 1e-6, 0, {1}),  # the likeliest always stays
+        (P, 1.0, 0.39, 0, {1}),
+        (P, 1.0, 0.41, 0, {1, 3}),
+        (P, 1.0, 0.69, 0, {1, 3}),
+        (P, 1.0, 0.71, 0, {1, 2, 3}),
+        (P, 1.0, 0.95, 0, {0, 1, 2, 3}),
+        (P, 0.5, 0.5, 0, {1}),  # the temperature comes first: 0.53 0.3 0.13 0.03
+        (P, 0.5, 0.55, 0, {1, 3}),
+        (P, 1.0, 0.55, 2, {1}),  # top-p counts within the top k: 4/7 3/7
+        (P, 1.0, 0.6, 2, {1, 3}),
+        (TIED, 1.0, 1.0, 1, {1, 3}),  # ties with the last one kept are kept too
+        (TIED, 1.0, 1.0, 3, {0, 1, 2, 3}),
+        (TIED, 1.0, 0.2, 0, {1, 3}),
+        (TIED, 1.0, 0.7, 0, {0, 1, 2, 3}),
+    ],
+)
+def test_top_k_and_top_p_keep_exactly_their_tokens(at, p, temperature, top_p, top_k, support):
+    tokens, logp = at(np.log(p).astype(np.float32), grid(200), temperature, top_p, top_k)
+    assert set(tokens.tolist()) == support
+    kept = np.where(np.isin(np.arange(4), list(support)), p ** (1 / temperature), 0)
+    kept /= kept.sum()
+    assert np.abs(np.bincount(tokens, minlength=4) - 200 * kept).max() < 1.01
+    np.testing.assert_allclose(logp, np.log(kept[tokens]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("v", [3, 50, 1000])
+def test_cuts_that_cut_nothing_are_off(at, v):
+    logits = np.random.default_rng(3).normal(size=v).astype(np.float32)
+    logits[v // 2] = 30  # the sum over the others is lost in rounding
+    for a, b in zip(at(logits, grid(500)), at(logits, grid(500), top_p=1.0, top_k=v), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(rollout._cut(logits[None], 1.0, v)[0], logits)
+    assert np.isfinite(rollout._cut(logits[None], 1.0, 2)).sum() == 2
+
+
+def test_temperature_0_is_argmax_with_the_models_log_prob():
+    logits = np.random.default_rng(4).normal(size=(20, 50)).astype(np.float32)
+    tokens, logp = choose(logits, jax.random.split(jax.random.key(0), 20), 0.0)
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+    np.testing.assert_allclose(logp, [np.log(softmax(row).max()) for row in logits], rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------- what is computed
+
+
+def counter(vocab=16):
+    """A model whose likeliest next token is the last one plus one: lengths of greedy responses are known by hand."""
+    config = replace(MODEL, vocab=vocab, d_model=vocab)
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), decoder.shapes(config))
+    params |= {"embed": jnp.eye(vocab), "head": jnp.roll(jnp.eye(vocab), 1, axis=0)}
+    params["norm"]["scale"] = jnp.ones(vocab)
+    return config, params
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What passes through the compiled functions: name -> list of (arguments, result's shapes)."""
+    seen = {"_prefill": [], "_decode": [], "_repack": []}
+
+    def watched(name, function, *args):
+        before = jax.tree.map(np.shape, args)
+        out = function(*args)
+        seen[name].append((before, jax.tree.map(np.shape, out)))
+        return out
+
+    for name in seen:
+        monkeypatch.setattr(rollout, name, functools.partial(watched, name, getattr(rollout, name)))
+    return seen
+
+
+def test_prompts_are_computed_once_and_leave_with_their_last_row(calls):
+    config, params = counter()
+    prompts = [np.array(p, np.int32) for p in ([3, 4, 5], [14], [7, 7, 12], [1, 9])]
+    sampling = Sampling((15,), group_size=2, max_response_tokens=6, temperature=0.0, decode_steps_per_call=2)
+    shown = []
+    groups, usage = rollout.sample(config, params, prompts, sampling, progress=lambda *x: shown.append(x))
+    counted = [[6, 7, 8, 9, 10, 11], [15], [13, 14, 15], [10, 11, 12, 13, 14, 15]]
+    assert [ids(g) for g in groups] == [[c, c] for c in counted]
+    assert [g.truncated for g in groups] == [(True, True), (False, False), (False, False), (False, False)]
+
+    # 4 prompts of bucket 3, not 8.
+    [((_, _, tokens, _), (cache, hidden))] = calls["_prefill"]
+    assert tokens == (4, 3) and cache.k == (2, 4, 2, 3, 4) and hidden == (4, 16)
+    # 8 rows; then 6 (the prompt [14] leaves, 3 prompts are kept in 4 places); then 4 of 2 prompts, with room for all 6 tokens.
+    pools = [pool for _, (pool, *_) in calls["_decode"]]
+    assert [p.responses.k for p in pools] == [(2, 8, 2, 4, 4), (2, 6, 2, 4, 4), (2, 4, 2, 6, 4)]
+    assert [p.prompts.k for p in pools] == [(2, 4, 2, 3, 4), (2, 4, 2, 3, 4), (2, 2, 2, 3, 4)]
+    assert [p.slots.row for p in pools] == [(4, 2), (4, 2), (2, 2)]
+    assert len(calls["_repack"]) == 2
+    assert usage == Usage(row_steps=2 * 8 + 2 * 6 + 2 * 4, tokens=2 * (6 + 1 + 3 + 6))
+    assert shown == [(2, 8), (4, 8), (8, 8)]
+
+
+def test_a_pool_shrinks_as_rows_of_a_group_end_one_by_one(calls):
+    prompts = ragged_prompts([3, 5, 4, 6, 2, 3, 5, 4])
+    sampling = replace(SAMPLING, group_size=4, decode_steps_per_call=2)
+    groups, usage = rollout.sample(MODEL, random_params(np.float32), prompts, sampling)
+    lengths = np.array([[len(r) for r in g.responses] for g in groups])
+    computed = sum(tokens[0] * tokens[1] for _, (_, tokens, _) in calls["_decode"])
+    assert usage == Usage(computed, lengths.sum()) and usage.row_steps >= usage.tokens
+    for call, (_, (pool, tokens, _)) in enumerate(calls["_decode"]):
+        live = lengths > 2 * call  # as the call begins
+        assert tokens[1] == packing.bucket(int(live.sum()), 2)
+        assert pool.prompts.length[0] <= packing.bucket(int(live.any(1).sum()), 1)
+    assert pool.prompts.length[0] < 8 and pool.responses.length[0] < 16
+
+
+def test_prefill_counts_prompts_not_responses(calls):
+    for group_size in (1, 5):
+        sampling = replace(SAMPLING, group_size=group_size, max_response_tokens=2)
+        rollout.sample(MODEL, random_params(np.float32), PROMPTS, sampling)
+    computed = [tokens for (_, _, tokens, _), _ in calls["_prefill"]]
+    assert computed == [(5, 12), (5, 12)]
+
+
+def test_nothing_is_compiled_twice():
+    params, sampling = random_params(np.float32), replace(SAMPLING, end_tokens=(), decode_steps_per_call=4)
+    functions = (rollout._prefill, rollout._decode, rollout._repack, rollout._row_keys)
+    rollout.sample(MODEL, params, ragged_prompts([3, 6], seed=1), sampling)
+    before = [f._cache_size() for f in functions]
+    rollout.sample(MODEL, params, ragged_prompts([5, 2], seed=2), sampling, seed=7, step=3)
+    assert [f._cache_size() for f in functions] == before
+
+
+def test_no_prompts_are_no_groups():
+    assert rollout.sample(MODEL, random_params(np.float32), [], SAMPLING) == ([], Usage(0, 0))
+
+
+# ---------------------------------------------------------------- a mesh
+
+ON_A_MESH = """
+import jax, numpy as np
+jax.config.update("jax_enable_x64", True)
+from grpo_jax import config, mesh, rollout
+from models import decoder
+from test_rollout import MODEL, PROMPTS, SAMPLING, assert_same, random_params
+
+split = []
+def watched(function, *args):
+    shape = lambda x: (x.shape, x.sharding.shard_shape(x.shape))
+    split.append(jax.tree.map(shape, args[2:] if function is prefill else args[4]))
+    return function(*args)
+
+prefill, decode = rollout._prefill, rollout._decode
+rollout._prefill, rollout._decode = (lambda *args, f=f: watched(f, *args) for f in (prefill, decode))
+params, expected = random_params(), rollout.sample(MODEL, random_params(), PROMPTS, SAMPLING)[0]
+devices = mesh.make(config.Mesh(fsdp=2))
+assert dict(devices.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+placed = jax.device_put(params, mesh.shardings(devices, MODEL))
+assert placed["embed"].sharding.shard_shape(placed["embed"].shape) == (17, 8)
+del split[:]
+found, usage = rollout.sample(MODEL, placed, PROMPTS, SAMPLING, mesh=devices, row_axes=mesh.ROW_AXES)
+assert_same(found, expected)
+assert split[0] == (((8, 12), (2, 12)), ((8,), (2,))), split[0]
+for pool in split[1:]:
+    (_, rows, *_), part = pool.responses.k
+    assert part[1] * 4 == rows
+    assert pool.hidden[1][0] * 4 == rows
+    (_, prompts, *_), part = pool.prompts.k
+    assert part[1] * 4 == prompts
+assert split[1].responses.k[0][1] == 16 and usage.row_steps % 16 == 0
+print("the same")
+"""
+
+
+def test_a_mesh_gives_the_same_tokens():
+    here = Path(__file__).parent
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent.parent)]),
+    }
+    done = subprocess.run([sys.executable, "-c", ON_A_MESH], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout == "the same\n", done.stderr
