@@ -70,10 +70,6 @@ NOUNS = (
     "table", "room", "car", "ticket", "letter", "parcel", "lamp", "report", "meeting", "taxi", "pizza", "garden",
     "boat", "concert", "camera", "bike", "message", "flight", "photo", "song", "door", "desk", "video", "class",
 )  # fmt: skip
-NEW_NOUNS = (
-    "sofa", "tomato", "pagoda", "limo", "memo", "logo", "demo", "gala", "pita", "polo", "soda", "visa", "tile", "pipe",
-    "toga", "tape",
-)  # fmt: skip
 NAME_PARAMETERS = ("city", "guest", "owner", "street")
 PARAMETERS = {
     "string": NAME_PARAMETERS + ("color", "label", "topic", "brand", "code", "team"),
@@ -104,7 +100,6 @@ PHRASINGS = (
     "With {values}, {task}.",
 )
 SECOND_PHRASINGS = ("Also {task}: {values}.", "Then {task} with {values}.")
-LINKS = (" ", " ", " ", ": ", "=")  # between the name of a parameter and its value
 
 TEMPLATE = Path(__file__).with_name("demo_template.txt")  # short: a prompt of the demo has about 130 tokens
 # Words and syllables fit in. With more, pairs of syllables become tokens that 20 000 rows show a dozen times each.
@@ -130,9 +125,8 @@ def is_held_out(text: str) -> bool:
 @functools.cache
 def tool_names(held_out: bool) -> tuple[str, ...]:
     """All "verb_noun" names of the training tools, or of the held-out ones."""
-    old = [f"{verb}_{noun}" for verb in VERBS for noun in NOUNS]
-    new = [f"{verb}_{noun}" for verb in VERBS for noun in NEW_NOUNS]
-    return tuple(name for name in old if is_held_out(name) == held_out) + (tuple(new) if held_out else ())
+    names = [f"{verb}_{noun}" for verb in VERBS for noun in NOUNS]
+    return tuple(name for name in names if is_held_out(name) == held_out)
 
 
 def tasks(count: int, seed: int, held_out: bool) -> list[Example]:
@@ -161,8 +155,8 @@ def sft_rows(count: int, seed: int, careless: float) -> list[Example]:
 
 
 def thought(example: Example) -> str:
-    """What is to be done, in the words of the tools and of the parameters: "book a table: city, people."."""
-    return "; ".join(f"{_action(call['name'])}: {', '.join(call['arguments'])}" for call in example.answer) + "."
+    """What is to be done, in the words of the tools: "book a table; find a room."."""
+    return "; ".join(_action(call["name"]) for call in example.answer) + "."
 
 
 def spoken(value: str | int | float | bool) -> str:
@@ -275,7 +269,6 @@ def _task(rng: random.Random, held_out: bool) -> Example:
         schemas[name] = _schema(rng, most=2 if parallel else 3, taken=taken if name in called else set())
 
     values = _Values(rng, held_out)
-    link = rng.choice(LINKS)
     calls, clauses = [], []
     for i, name in enumerate(called):
         order = list(schemas[name])
@@ -284,7 +277,7 @@ def _task(rng: random.Random, held_out: bool) -> Example:
         arguments = {parameter: values.draw(parameter, schemas[name][parameter]) for parameter in order}
         while twice and calls and arguments == calls[0]["arguments"]:  # two booleans, say
             arguments = {parameter: values.draw(parameter, schemas[name][parameter]) for parameter in order}
-        told = ", ".join(f"{parameter}{link}{spoken(value)}" for parameter, value in arguments.items())
+        told = ", ".join(f"{parameter} {spoken(value)}" for parameter, value in arguments.items())
         phrasing = rng.choice(SECOND_PHRASINGS if i else PHRASINGS)
         clauses.append(phrasing.format(task=_action(name), values=told))
         calls.append({"name": name, "arguments": arguments})

@@ -253,7 +253,7 @@ def demo() -> TrainConfig:
         rollout=Rollout(
             group_size=8,
             prompts_per_step=16,
-            max_prompt_tokens=224,
+            max_prompt_tokens=192,
             max_response_tokens=96,
             temperature=0.7,
             decode_steps_per_call=16,

@@ -21,6 +21,7 @@ import tyro
 from rich.progress import track
 
 from data import demo, prompt
+from data.example import Example
 from grpo_jax import config, inputs, learner, mesh, rollout, sft
 from grpo_jax.config import DEMO_MODEL
 from grpo_jax.console import CONSOLE
@@ -30,7 +31,7 @@ from models import decoder, hf
 from models.decoder import DecoderConfig, Params
 
 VOCABULARY = 640
-ROWS = 32  # of an optimizer step
+ROWS = 16  # of an optimizer step
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Args:
 
     out: Path = DEMO_MODEL
     """The Hugging Face folder to write."""
-    able: int = 2500
+    reading: int = 1000
+    """Optimizer steps on whole texts, prompts included: copying is learned sooner where there is more to copy."""
+    able: int = 1000
     """Optimizer steps on right replies."""
     careless: int = 400
     """Optimizer steps on careless replies, after those."""
@@ -72,8 +75,23 @@ def load(folder: Path) -> tuple[Policy, Params]:
     return policy, inputs.load_params(policy, mesh.make(config.Mesh()))
 
 
+def task(policy: Policy, example: Example, template: str, whole: bool) -> Task:
+    """A row to imitate: its reply, or (`whole`) its prompt too, all of it but the first token."""
+    ids = np.array(prompt.encode(example, policy.tokenizer, template), np.int32)
+    target = inputs.target_ids(example, policy.tokenizer)
+    return Task(example, ids[:1], np.concatenate([ids[1:], target])) if whole else Task(example, ids, target)
+
+
 def stage(
-    policy: Policy, params: Params, steps: int, rate: float, careless: float, seed: int, label: str, folder: Path
+    policy: Policy,
+    params: Params,
+    steps: int,
+    rate: float,
+    careless: float,
+    seed: int,
+    label: str,
+    folder: Path,
+    whole: bool = False,
 ) -> Params:
     """`steps` optimizer steps on fresh rows, of which the share `careless` is by the careless annotator."""
     if not steps:
@@ -85,10 +103,7 @@ def stage(
     rows = demo.sft_rows(steps * ROWS, seed, careless)
     device_mesh, began = mesh.make(config.Mesh()), time.perf_counter()
     for step in track(range(steps), label, console=CONSOLE):
-        batch = [
-            Task(e, np.array(prompt.encode(e, policy.tokenizer, template), np.int32), inputs.target_ids(e, policy.tokenizer))
-            for e in rows[step * ROWS : (step + 1) * ROWS]
-        ]
+        batch = [task(policy, e, template, whole) for e in rows[step * ROWS : (step + 1) * ROWS]]
         packs, _ = sft.pack(batch, 1 << 14, device_mesh)
         params, state, sums = learner.update(policy.model, objective, optimizer, params, state, packs)
         if step % 100 == 99 or step == steps - 1:
@@ -124,7 +139,8 @@ def save(folder: Path, policy: Policy, params: Params) -> None:
 def main(args: Args) -> None:
     policy, params = new_policy(args) if args.start is None else load(args.start)
     able = args.out.with_name(f"{args.out.name}-able")
-    params = stage(policy, params, args.able, args.able_rate, 0.0, 1, "able", able)
+    params = stage(policy, params, args.reading, args.able_rate, 0.0, 0, "reading", able, whole=True)
+    params = stage(policy, params, args.able, args.able_rate / 2, 0.0, 1, "able", able)
     params = stage(policy, params, args.careless, args.careless_rate, 1.0, 2, "careless", args.out)
     measure(policy, params, f"{args.out}")
 

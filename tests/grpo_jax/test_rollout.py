@@ -24,6 +24,7 @@ from models.decoder import DecoderConfig
 
 MODEL = DecoderConfig("qwen2", 17, 16, 24, 2, 4, 2, 4, tied=False)
 SAMPLING = Sampling((12, 14), group_size=3, max_response_tokens=12, temperature=0.7, decode_steps_per_call=4)
+AT_ONCE = replace(SAMPLING, decode_steps_per_call=12)  # one call, where compaction is not the question
 WIDTH = 24  # of the recomputed sequences: one shape
 
 
@@ -39,7 +40,7 @@ def ragged_prompts(lengths, seed=1):
     return [rng.integers(0, MODEL.vocab, length).astype(np.int32) for length in lengths]
 
 
-PROMPTS = ragged_prompts([10, 12, 1, 9, 11])  # few buckets of widths, or most of the time goes into compiling
+PROMPTS = ragged_prompts([10, 12, 9, 11, 12])  # padded to one width; nearly all of the tests' time is compilation
 
 
 def draw(prompts, sampling=SAMPLING, **where):
@@ -89,9 +90,9 @@ def slow_response(params, prompt, sampling, seed, step, number, attempt=0):
     return tokens, logp, True
 
 
-@pytest.mark.parametrize("group_size", [1, 5])
-def test_equals_a_sampler_that_recomputes_the_sequence_for_every_token(x64, group_size):
-    prompts, sampling = ragged_prompts([3, 9, 1, 6, 4, 5]), replace(SAMPLING, group_size=group_size)
+@pytest.mark.parametrize("group_size, sampling", [(1, AT_ONCE), (5, SAMPLING)])
+def test_equals_a_sampler_that_recomputes_the_sequence_for_every_token(x64, group_size, sampling):
+    prompts, sampling = ragged_prompts([3, 9, 1, 6, 4, 5]), replace(sampling, group_size=group_size)
     params = random_params()
     lengths, last = set(), Counter()
     for prompt, group in zip(prompts, draw(prompts, sampling, seed=1, step=4), strict=True):
@@ -111,14 +112,16 @@ def test_equals_a_sampler_that_recomputes_the_sequence_for_every_token(x64, grou
 # ---------------------------------------------------------------- the same tokens, however the work is cut
 
 
-@pytest.mark.parametrize("steps", [1, 3, 64])
-def test_steps_per_call_change_nothing(x64, steps):
-    assert_same(draw(PROMPTS[:2], replace(SAMPLING, decode_steps_per_call=steps)), draw(PROMPTS[:2]))
+@pytest.mark.parametrize("steps, n", [(1, 2), (3, 5), (64, 5)])
+def test_steps_per_call_change_nothing(x64, steps, n):
+    assert_same(draw(PROMPTS[:n], replace(SAMPLING, decode_steps_per_call=steps)), draw(PROMPTS)[:n])
 
 
-@pytest.mark.parametrize("rows", [2, 7], ids=["less than a group", "pools of two groups"])
-def test_pool_size_changes_nothing(x64, rows):
-    assert_same(draw(PROMPTS, replace(SAMPLING, rows=rows)), draw(PROMPTS))
+@pytest.mark.parametrize(
+    "rows, n, sampling", [(2, 2, SAMPLING), (7, 5, AT_ONCE)], ids=["less than a group", "pools of two groups"]
+)
+def test_pool_size_changes_nothing(x64, rows, n, sampling):
+    assert_same(draw(PROMPTS[:n], replace(sampling, rows=rows)), draw(PROMPTS)[:n])
 
 
 def test_prefilling_in_parts_changes_nothing(x64, monkeypatch):
@@ -130,10 +133,10 @@ def test_prefilling_in_parts_changes_nothing(x64, monkeypatch):
 def test_order_and_company_of_prompts_change_nothing(x64):
     expected, order = draw(PROMPTS), [3, 0, 4, 2, 1]
     assert_same(draw([PROMPTS[i] for i in order]), [expected[i] for i in order])
-    assert_same(draw(PROMPTS[1:3]), expected[1:3])
-    assert_same(draw([*ragged_prompts([11, 16], seed=9), *PROMPTS])[2:], expected)
-    wide = draw(PROMPTS, replace(SAMPLING, group_size=5))  # more samples of a prompt leave the first ones as they are
-    assert [ids(group)[:3] for group in wide] == [ids(group) for group in expected]
+    assert_same(draw(PROMPTS[1:3], AT_ONCE), expected[1:3])
+    assert_same(draw([*ragged_prompts([16, 2], seed=9), PROMPTS[0]], AT_ONCE)[2:], expected[:1])  # a wider cache
+    five = draw(PROMPTS, replace(AT_ONCE, group_size=5))  # more samples of a prompt leave the first ones as they are
+    assert [ids(group)[:3] for group in five] == [ids(group) for group in expected]
 
 
 def test_rows_that_end_change_nothing_in_those_that_go_on(x64):
@@ -149,7 +152,7 @@ def test_rows_that_end_change_nothing_in_those_that_go_on(x64):
 
 
 def test_seed_step_sample_and_attempt_each_give_other_tokens(x64):
-    endless = replace(SAMPLING, end_tokens=())
+    endless = replace(AT_ONCE, end_tokens=())
     twice = [PROMPTS[1], PROMPTS[0], PROMPTS[1]]
     runs = [draw(twice, endless), draw(twice, endless, seed=1), draw(twice, endless, step=1)]
     responses = [tuple(r) for run in runs for group in run for r in ids(group)]
@@ -158,10 +161,9 @@ def test_seed_step_sample_and_attempt_each_give_other_tokens(x64):
 
 def test_attempts_of_a_repeated_prompt_do_not_depend_on_order(x64):
     a, b = PROMPTS[1], PROMPTS[0]
-    one, two = draw([a, b, a, a]), draw([b, a, a, a])
-    assert_same([two[i] for i in (1, 0, 2, 3)], one)
-    assert_same(draw([a]), one[:1])
-    assert slow_response(random_params(), a, SAMPLING, 0, 0, 1, attempt=2)[0] == ids(one[3])[1]
+    one, two = draw([a, b, a], AT_ONCE), draw([b, a, a], AT_ONCE)
+    assert_same([two[i] for i in (1, 0, 2)], one)
+    assert slow_response(random_params(), a, AT_ONCE, 0, 0, 2, attempt=1)[0] == ids(one[2])[2]
 
 
 # ---------------------------------------------------------------- the learner sees the same log-probs
@@ -177,22 +179,24 @@ def test_log_probs_equal_the_learners(request, dtype, atol):
     packed = packing.pack(groups, 96)
     assert len(packed.packs) > 1 and packed.response_tokens == usage.tokens
     objective = Objective(temperature=0.7, dtype=dtype, remat=False, head_chunk=16)
-    sums = learner.zeros(params)
     for pack in packed.packs:
         logp = learner.logprobs(MODEL, objective, params, pack)
         np.testing.assert_allclose(np.asarray(logp)[pack.mask], pack.sampler_logp[pack.mask], rtol=0, atol=atol)
-        sums = learner.accumulate(MODEL, objective, params, sums, pack)
-    assert sums.count == usage.tokens and sums.clipped == 0 and 0 < sums.mismatch_max < atol
+    if dtype == "float32":  # what a training step reports of it
+        sums = learner.zeros(params)
+        for pack in packed.packs:
+            sums = learner.accumulate(MODEL, objective, params, sums, pack)
+        assert sums.count == usage.tokens and sums.clipped == 0 and 0 < sums.mismatch_max < atol
 
 
 def test_greedy_is_the_argmax_of_the_whole_sequence():
     params, prompts = random_params(np.float32), PROMPTS[:3]
-    greedy = Sampling((), group_size=2, max_response_tokens=64, temperature=0.0, decode_steps_per_call=16)
+    greedy = Sampling((), group_size=2, max_response_tokens=64, temperature=0.0, decode_steps_per_call=32)
     groups, usage = rollout.sample(MODEL, params, prompts, greedy)
     assert usage == Usage(6 * 64, 6 * 64)
     for prompt, group in zip(prompts, groups, strict=True):
         assert ids(group)[0] == ids(group)[1] and group.truncated == (True, True)
-        whole = np.zeros((1, 73), np.int32)
+        whole = np.zeros((1, 76), np.int32)
         length = len(prompt) + 64
         whole[0, :length] = np.concatenate([prompt, group.responses[0]])
         scores = jax.jit(decoder.logits, static_argnums=0)(MODEL, params, whole, np.array([length]))[0]
@@ -238,7 +242,9 @@ def at(monkeypatch):
     def drawn(logits, u, temperature=1.0, top_p=1.0, top_k=0):
         logits = jnp.asarray(logits)
         rows = jnp.broadcast_to(logits, (len(u), len(logits)))
-        tokens, logp = rollout.choose(rows, jnp.asarray(u, logits.dtype), temperature, top_p, top_k)
+        # Many settings at few shapes are faster not compiled as a whole.
+        function = choose if top_p == 1 and top_k == 0 else rollout.choose
+        tokens, logp = function(rows, jnp.asarray(u, logits.dtype), temperature, top_p, top_k)
         return np.asarray(tokens), np.asarray(logp)
 
     return drawn
@@ -263,7 +269,7 @@ def nextafter(x, steps):
 
 
 @pytest.mark.parametrize("zero", [-np.inf, -300.0], ids=["-inf", "underflow"])
-@pytest.mark.parametrize("v", [2, 7, 50, 900])
+@pytest.mark.parametrize("v", [2, 7, 900])
 def test_tokens_of_probability_0_are_never_drawn(at, v, zero):
     """At u = 0, next to 1, and round every step of the cumulative distribution, where rounding decides."""
     for seed in range(8):
@@ -393,33 +399,25 @@ def test_prompts_are_computed_once_and_leave_with_their_last_row(calls):
 
 
 def test_a_pool_shrinks_as_rows_of_a_group_end_one_by_one(calls):
-    prompts = ragged_prompts([3, 5, 4, 6, 2, 3, 5, 4])
-    sampling = replace(SAMPLING, group_size=4, decode_steps_per_call=2)
-    groups, usage = rollout.sample(MODEL, random_params(np.float32), prompts, sampling)
+    sampling = replace(SAMPLING, end_tokens=(8, 12, 14), decode_steps_per_call=2)
+    groups, usage = rollout.sample(MODEL, random_params(np.float32), PROMPTS, sampling)
     lengths = np.array([[len(r) for r in g.responses] for g in groups])
     computed = sum(tokens[0] * tokens[1] for _, (_, tokens, _) in calls["_decode"])
     assert usage == Usage(computed, lengths.sum()) and usage.row_steps >= usage.tokens
     for call, (_, (pool, tokens, _)) in enumerate(calls["_decode"]):
         live = lengths > 2 * call  # as the call begins
-        assert tokens[1] == packing.bucket(int(live.sum()), 2)
-        assert pool.prompts.length[0] <= packing.bucket(int(live.any(1).sum()), 1)
-    assert pool.prompts.length[0] < 8 and pool.responses.length[0] < 16
-
-
-def test_prefill_counts_prompts_not_responses(calls):
-    for group_size in (1, 5):
-        sampling = replace(SAMPLING, group_size=group_size, max_response_tokens=2)
-        rollout.sample(MODEL, random_params(np.float32), PROMPTS, sampling)
-    computed = [tokens for (_, _, tokens, _), _ in calls["_prefill"]]
-    assert computed == [(5, 12), (5, 12)]
+        assert tokens[1] == min(15, packing.bucket(int(live.sum()), 2))
+        assert pool.prompts.length[0] == min(5, packing.bucket(int(live.any(1).sum()), 1))
+    assert pool.prompts.length[0] < 5 and pool.responses.length[0] < 15
 
 
 def test_nothing_is_compiled_twice():
-    params, sampling = random_params(np.float32), replace(SAMPLING, end_tokens=(), decode_steps_per_call=4)
+    params, endless = random_params(np.float32), replace(SAMPLING, end_tokens=())
     functions = (rollout._prefill, rollout._decode, rollout._repack, rollout._row_keys)
-    rollout.sample(MODEL, params, ragged_prompts([3, 6], seed=1), sampling)
+    rollout.sample(MODEL, params, PROMPTS, endless)
     before = [f._cache_size() for f in functions]
-    rollout.sample(MODEL, params, ragged_prompts([5, 2], seed=2), sampling, seed=7, step=3)
+    others = ragged_prompts([12, 9, 9, 10, 11], seed=2)
+    rollout.sample(MODEL, params, others, replace(endless, rows=20), seed=7, step=3)
     assert [f._cache_size() for f in functions] == before
 
 
@@ -434,7 +432,7 @@ import jax, numpy as np
 jax.config.update("jax_enable_x64", True)
 from grpo_jax import config, mesh, rollout
 from models import decoder
-from test_rollout import MODEL, PROMPTS, SAMPLING, assert_same, random_params
+from test_rollout import AT_ONCE, MODEL, PROMPTS, SAMPLING, assert_same, random_params
 
 split = []
 def watched(function, *args):
@@ -444,7 +442,7 @@ def watched(function, *args):
 
 prefill, decode = rollout._prefill, rollout._decode
 rollout._prefill, rollout._decode = (lambda *args, f=f: watched(f, *args) for f in (prefill, decode))
-params, expected = random_params(), rollout.sample(MODEL, random_params(), PROMPTS, SAMPLING)[0]
+params, expected = random_params(), rollout.sample(MODEL, random_params(), PROMPTS, AT_ONCE)[0]
 devices = mesh.make(config.Mesh(fsdp=2))
 assert dict(devices.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
 placed = jax.device_put(params, mesh.shardings(devices, MODEL))
