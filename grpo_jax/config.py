@@ -258,7 +258,7 @@ def demo() -> TrainConfig:
             temperature=0.7,
             decode_steps_per_call=16,
         ),
-        optimizer=Optimizer(learning_rate=2e-4),
+        optimizer=Optimizer(learning_rate=3e-4),
         learner=Learner(prompts_per_minibatch=16, tokens_per_microbatch=16384, remat=False),
         validation=Validation(every=10, limit=256),
         export=Export(dtype="float32"),
