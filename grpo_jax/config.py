@@ -260,7 +260,7 @@ def demo() -> TrainConfig:
         ),
         optimizer=Optimizer(learning_rate=3e-4),
         learner=Learner(prompts_per_minibatch=16, tokens_per_microbatch=16384, remat=False),
-        validation=Validation(every=10, limit=256),
+        validation=Validation(every=5, limit=256),
         export=Export(dtype="float32"),
     )
 
