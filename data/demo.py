@@ -58,6 +58,7 @@ SLIPS = {
 }
 INVENTED = ("note", "none")
 
+OFFERED = 2  # tools
 PARALLEL_SHARE = 0.2  # tasks with two calls
 TWICE_SHARE = 1 / 4  # of these, the share that calls one tool twice
 HELD_OUT_ONE_IN = 4  # (verb, noun) pairs and string values
@@ -262,7 +263,7 @@ def _slip(call: dict[str, Any], offered: Sequence[str], rng: random.Random) -> d
 def _task(rng: random.Random, held_out: bool) -> Example:
     parallel = rng.random() < PARALLEL_SHARE
     twice = parallel and rng.random() < TWICE_SHARE
-    names = _names(rng, held_out, count=2, called=2 if parallel and not twice else 1)
+    names = _names(rng, held_out, called=2 if parallel and not twice else 1)
     called = [names[0], names[0]] if twice else names[: 1 + parallel]
     schemas: dict[str, dict[str, str]] = {}
     for name in names:
@@ -292,11 +293,11 @@ def _task(rng: random.Random, held_out: bool) -> Example:
     )
 
 
-def _names(rng: random.Random, held_out: bool, count: int, called: int) -> list[str]:
-    """`count` tools, the first `called` of them to be called; two to be called share no word, a distractor often does."""
+def _names(rng: random.Random, held_out: bool, called: int) -> list[str]:
+    """The tools offered, the first `called` of them to be called; two to be called share no word, a distractor often does."""
     pool, by_word = tool_names(held_out), _names_by_word(held_out)
     names = [rng.choice(pool)]
-    while len(names) < count:
+    while len(names) < OFFERED:
         word = rng.choice(names[0].split("_"))
         similar = len(names) >= called and rng.random() < 0.6
         name = rng.choice(by_word[word] if similar else pool)

@@ -2,10 +2,10 @@
 
     python scripts/make_demo_model.py --out models/demo
 
-The tokenizer comes from the demo's texts. The weights come from this program's own supervised training in two stages,
-on training tools and values only: `--able` steps on right replies, until it copies values into arguments; then
-`--careless` steps on the replies of an annotator who knows what to do and slips in writing it (`data.demo.SLIPS`). What is
-left for reinforcement learning is what reinforcement learning is good at: to prefer, among what the model can already
+The tokenizer comes from the demo's texts. The weights come from this program's own supervised training in three stages, on
+training tools and values only: whole texts, prompts included, since copying is learned sooner where there is more to copy;
+then right replies; then the replies of an annotator who knows what to do and slips in writing it (`data.demo.SLIPS`). What
+is left for reinforcement learning is what reinforcement learning is good at: to prefer, among what the model can already
 do, that which is right.
 """
 
@@ -40,22 +40,20 @@ class Args:
 
     out: Path = DEMO_MODEL
     """The Hugging Face folder to write."""
-    reading: int = 1000
-    """Optimizer steps on whole texts, prompts included: copying is learned sooner where there is more to copy."""
-    able: int = 1000
-    """Optimizer steps on right replies."""
-    careless: int = 400
+    reading: int = 2000
+    """Optimizer steps on whole texts."""
+    able: int = 3000
+    """Optimizer steps on right replies, after those."""
+    careless: int = 2500
     """Optimizer steps on careless replies, after those."""
-    able_rate: float = 4e-3
-    """Peak learning rate of the first stage."""
-    careless_rate: float = 1e-3
-    """Peak learning rate of the second stage."""
+    rate: float = 2.5e-3
+    """Peak learning rate of each stage; a cosine takes it to 0."""
     d_model: int = 128
     """Width of the model."""
     layers: int = 4
     """Its depth."""
     start: Path | None = None
-    """A folder to go on from, with the first stage done; then `--able 0`."""
+    """A folder to go on from, with some stages done; give those 0 steps."""
 
 
 def new_policy(args: Args) -> tuple[Policy, Params]:
@@ -139,9 +137,9 @@ def save(folder: Path, policy: Policy, params: Params) -> None:
 def main(args: Args) -> None:
     policy, params = new_policy(args) if args.start is None else load(args.start)
     able = args.out.with_name(f"{args.out.name}-able")
-    params = stage(policy, params, args.reading, args.able_rate, 0.0, 0, "reading", able, whole=True)
-    params = stage(policy, params, args.able, args.able_rate / 2, 0.0, 1, "able", able)
-    params = stage(policy, params, args.careless, args.careless_rate, 1.0, 2, "careless", args.out)
+    params = stage(policy, params, args.reading, args.rate, 0.0, 0, "reading", able, whole=True)
+    params = stage(policy, params, args.able, args.rate, 0.0, 1, "able", able)
+    params = stage(policy, params, args.careless, args.rate, 1.0, 2, "careless", args.out)
     measure(policy, params, f"{args.out}")
 
 

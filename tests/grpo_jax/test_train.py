@@ -236,7 +236,11 @@ def test_bad_data(tiny_model, capsys, tmp_path):
 
     assert "no such file" in says(tmp_path / "missing.jsonl")
     broken = tmp_path / "broken.jsonl"
-    row = {"query": "q", "tools": [{"name": "f", "description": "", "parameters": {}}], "answers": [{"name": "f", "arguments": {}}]}
+    row = {
+        "query": "q",
+        "tools": [{"name": "f", "description": "", "parameters": {}}],
+        "answers": [{"name": "f", "arguments": {}}],
+    }
     broken.write_text(json.dumps(row) + "\n{" + json.dumps(row)[:20] + "\n")
     assert f"{broken}:2" in says(broken)
     empty = tmp_path / "empty.jsonl"
