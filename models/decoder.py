@@ -94,9 +94,8 @@ class DecoderConfig:
         }
         for field, bad in unsupported.items():
             if bad:
-                raise ValueError(
-                    f"{source}: {field} = {kind if field == 'rope_type' else raw[field]!r} is not supported for {declared or architecture}"
-                )
+                value = kind if field == "rope_type" else raw[field]
+                raise ValueError(f"{source}: {field} = {value!r} is not supported for {declared or architecture}")
         try:
             scaling = None
             if kind == "llama3":
@@ -219,9 +218,10 @@ SIZES: dict[str, DecoderConfig] = {
 # ---------------------------------------------------------------- the modules: shapes, initialisers, logical axes
 
 
-def _param(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Callable = nnx.initializers.normal(0.02)
-) -> nnx.Param:
+_NORMAL = nnx.initializers.normal(0.02)
+
+
+def _param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Callable = _NORMAL) -> nnx.Param:
     return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes)
 
 
