@@ -94,10 +94,12 @@ def load_tasks(
     template = prompt.load_template(settings.template)
     drops = Counter(dropped)
 
-    def encoded(examples: Sequence[Example], what: str) -> list[Task]:
+    def encoded(examples: Sequence[Example], what: str, most: int) -> list[Task]:
         tasks = []
         shown = track(examples, f"reading {what}", console=console.CONSOLE, transient=True, disable=len(examples) < 1000)
         for example in shown:
+            if len(tasks) == most:
+                break
             ids = np.array(prompt.encode(example, policy.tokenizer, template), np.int32)
             task = Task(example, ids, target_ids(example, policy.tokenizer) if with_target else None)
             if len(ids) + (0 if task.target is None else len(task.target)) > max_tokens:
@@ -106,7 +108,7 @@ def load_tasks(
                 tasks.append(task)
         return tasks
 
-    tasks = Tasks(encoded(train, "training rows"), encoded(validation[:limit], "validation rows"), drops)
+    tasks = Tasks(encoded(train, "training rows", len(train)), encoded(validation, "validation rows", limit), drops)
     if not tasks.train:
         raise ValueError(
             f"{settings.path}: no row to train on is left ({dict(drops)}); raise the length limits, or give other data"
