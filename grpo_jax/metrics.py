@@ -42,6 +42,7 @@ PANELS = (
     ("reward/mean", "reward, mean"),
     ("entropy/mean", "entropy (nats a token)"),
 )
+SFT_PANELS = (("loss", "loss (nats a token)"), ("val/loss", "validation loss (nats a token)"), ("grad_norm", "gradient norm"))
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"  # Okabe and Ito: told apart by colour-blind eyes
 
 
@@ -184,21 +185,26 @@ def _plain(value: Any) -> Any:
 
 
 def curves(run_dir: str | Path) -> Path:
-    """Draws curves.png in the run's folder from its metrics.jsonl, however few rows that has; returns its path."""
+    """Draws curves.png in the run's folder from its metrics.jsonl, however few rows that has; returns its path.
+
+    The paper's six curves, or for supervised training its loss.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, once, at the end of a run
     from matplotlib.figure import Figure
 
     folder = Path(run_dir)
     rows = read(folder / "metrics.jsonl")
-    figure = Figure(figsize=(12, 6.2), dpi=150, layout="constrained")  # not pyplot's: no global state
+    supervised = any("loss" in row for row in rows) and not any("reward/mean" in row for row in rows)
+    panels = SFT_PANELS if supervised else PANELS
+    figure = Figure(figsize=(12, 3.1 * len(panels) / 3), dpi=150, layout="constrained")  # not pyplot's: no global state
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     last = max((row["step"] for row in rows), default=0)
-    for axes, (metric, title) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+    for axes, (metric, title) in zip(figure.subplots(len(panels) // 3, 3).flat, panels, strict=True):
         points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
-        _panel(axes, points, validation=metric == "val/accuracy")
+        _panel(axes, points, validation=metric.startswith("val/"), scale=100 if metric == "val/accuracy" else 1)
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#222222")
         axes.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
-    for axes in figure.axes[3:]:
+    for axes in figure.axes[-3:]:
         axes.set_xlabel("step", color=GREY)
     path = folder / "curves.png"
     temporary = folder / "curves.tmp.png"
@@ -207,7 +213,7 @@ def curves(run_dir: str | Path) -> Path:
     return path
 
 
-def _panel(axes: Axes, points: Sequence[tuple[int, float]], *, validation: bool) -> None:
+def _panel(axes: Axes, points: Sequence[tuple[int, float]], *, validation: bool, scale: float) -> None:
     """One small multiple: validation as joined markers, anything else as a line, faint under a smooth one if long."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -225,8 +231,9 @@ def _panel(axes: Axes, points: Sequence[tuple[int, float]], *, validation: bool)
         axes.grid(visible=False)
         return
     steps, values = np.array(points, float).T
+    values = scale * values
     if validation:
-        axes.plot(steps, 100 * values, "o-", color=ORANGE, linewidth=1.5, markersize=5, clip_on=False)
+        axes.plot(steps, values, "o-", color=ORANGE, linewidth=1.5, markersize=5, clip_on=False)
     elif len(steps) > 20:
         axes.plot(steps, values, color=BLUE, linewidth=0.8, alpha=0.3)
         axes.plot(steps, _smooth(values), color=BLUE, linewidth=2)

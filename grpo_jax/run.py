@@ -97,7 +97,7 @@ def finish(run: Run) -> None:
         if validated
         else ({}, {})
     )
-    console.closing(first, last, places)
+    console.closing(first, last, [(label, place) for label, place in places if Path(place).stat().st_size])
 
 
 class Clock:

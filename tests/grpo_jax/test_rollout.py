@@ -433,7 +433,6 @@ ON_A_MESH = """
 import jax, numpy as np
 jax.config.update("jax_enable_x64", True)
 from grpo_jax import config, mesh, rollout
-from models import decoder
 from test_rollout import AT_ONCE, MODEL, PROMPTS, SAMPLING, assert_same, random_params
 
 split = []
