@@ -318,7 +318,14 @@ def parse(kind: type[Config], program: str, argv: Sequence[str]) -> Config:
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown) if "--help" not in words else contextlib.nullcontext():
-            return tyro.cli(kind, prog=f"python -m {program}", args=words, default=presets[name]())
+            return tyro.cli(
+                kind,
+                prog=f"python -m {program} [PRESET]",
+                description=f"{kind.__doc__} The first word may be a preset: {', '.join(presets)} (default: demo).",
+                args=words,
+                default=presets[name](),
+                use_underscores=True,
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

@@ -209,7 +209,7 @@ def refused(capsys, *arguments: str) -> str:
     [
         (["--rollout.grup_size", "4"], "did you mean '--rollout.group_size'?"),
         (["demoo"], "did you mean 'demo'?"),
-        (["--rollout.group_size", "many"], "--rollout.group-size"),
+        (["--rollout.group_size", "many"], "--rollout.group_size"),
         (["--loss.normalize", "standard"], "'std', 'mean_only'"),
         (["--run.seed"], "--run.seed"),
         (["--rollout.group_size", "1"], "--loss.normalize mean_only"),
