@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from grpo_jax import checkpoint, console, inputs, learner, metrics
+from grpo_jax import config as configs
 from grpo_jax.inputs import Policy, Tasks
 from grpo_jax.learner import Objective
 from models import hf
@@ -53,6 +54,7 @@ def open_run(
     optimizer, schedule = learner.make_optimizer(config.optimizer, optimizer_steps)
     meta = {
         "program": program,
+        "config": configs.to_dict(config),
         "fingerprints": inputs.fingerprints(policy, params, tasks),
         "resolved": {"device": jax.devices()[0].device_kind, "dtype": objective.dtype},
     }
