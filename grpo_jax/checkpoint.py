@@ -12,10 +12,12 @@ the array is sharded, and restoring compares.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +105,11 @@ class Checkpoints:
             try:
                 restored = self._read(step, abstract)
             except Exception as error:  # Orbax and tensorstore raise a dozen kinds for a file cut short
-                damaged.append((step, " ".join(str(error).split())[:200] or type(error).__name__))
+                why = " ".join(str(error).split()).split(". See full")[0]
+                damaged.append((step, why[:200] or type(error).__name__))
                 continue
+            finally:
+                _silence_failed_reads()
             for bad, why in damaged:
                 aside = self._folder / f"damaged-{bad}"
                 warn(f"checkpoint {self._folder / str(bad)} is damaged ({why}); now {aside.name}, going on from step {step}")
@@ -120,9 +125,7 @@ class Checkpoints:
         with ocp.CheckpointManager(self._folder) as manager:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
             found = manager.restore(step, args=args)
-        for (name, value), expected in zip(checksums(found.state).items(), found.meta["checksums"].values(), strict=True):
-            if value != expected:
-                raise ValueError(f"the checksum of {name} is {value}, not {expected}")
+        _verify(found.state, found.meta)
         return Restored(step, found.state, found.meta)
 
     def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
@@ -138,6 +141,44 @@ class Checkpoints:
         if self._manager is not None:
             self._manager.close()
             self._manager = None
+
+
+def _silence_failed_reads() -> None:
+    """Drops the reads that a failed restore left unfinished; else each prints its traceback when Python finds it."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
+
+
+def read_params(run_dir: str | Path, step: int | None = None) -> Any:
+    """The parameters in the checkpoint of `step`, or in the newest one, as arrays of this process.
+
+    Raises FileNotFoundError where there is none, ValueError where it is damaged.
+    """
+    folder = (Path(run_dir) / "checkpoints").resolve()
+    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
+    if not steps or (step is not None and step not in steps):
+        raise FileNotFoundError(
+            f"{folder}: no checkpoint{'' if step is None else f' of step {step}'}; there are {sorted(steps)}"
+        )
+    step = max(steps) if step is None else step
+    try:
+        with ocp.CheckpointManager(folder) as manager:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
+            found = manager.restore(step, args=args)
+        params = {"params": found.state["params"]}
+        _verify(params, found.meta)
+    except Exception as error:
+        raise ValueError(f"{folder / str(step)}: damaged ({' '.join(str(error).split())[:200]}); take another step") from None
+    return params["params"]
+
+
+def _verify(state: State, meta: dict[str, Any]) -> None:
+    for name, value in checksums(state).items():
+        if value != meta["checksums"].get(name):
+            raise ValueError(f"the checksum of {name} is {value}, not {meta['checksums'].get(name)}")
 
 
 def checksums(state: State) -> dict[str, int]:

@@ -16,7 +16,7 @@ import tyro
 
 from grpo_jax import checkpoint, console, inputs
 from grpo_jax.config import run_main
-from models import decoder, hf
+from models import hf
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def export(args: Args) -> None:
         raise FileNotFoundError(f"{args.source}: neither a run's folder nor one of its checkpoints (no {config})")
     model_path = json.loads(config.read_text())["model"]["path"]
     policy = inputs.load_policy(model_path)
-    params = checkpoint.read_params(run, int(args.source.name) if single else None, decoder.shapes(policy.model))
+    params = checkpoint.read_params(run, int(args.source.name) if single else None)
     hf.save(args.out, policy.model, params, policy.tokenizer, dtype=args.dtype)
     console.CONSOLE.print(str(args.out))
 
