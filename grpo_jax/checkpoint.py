@@ -12,8 +12,8 @@ the array is sharded, and restoring compares.
 
 from __future__ import annotations
 
-import gc
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -101,6 +101,7 @@ class Checkpoints:
         steps = sorted((int(p.name) for p in self._folder.glob("*") if p.name.isdigit()), reverse=True)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         damaged: list[tuple[int, str]] = []
+        _silence_unfinished_reads()
         for step in steps:
             try:
                 restored = self._read(step, abstract)
@@ -108,8 +109,6 @@ class Checkpoints:
                 why = " ".join(str(error).split()).split(". See full")[0]
                 damaged.append((step, why[:200] or type(error).__name__))
                 continue
-            finally:
-                _silence_failed_reads()
             for bad, why in damaged:
                 aside = self._folder / f"damaged-{bad}"
                 warn(f"checkpoint {self._folder / str(bad)} is damaged ({why}); now {aside.name}, going on from step {step}")
@@ -143,13 +142,13 @@ class Checkpoints:
             self._manager = None
 
 
-def _silence_failed_reads() -> None:
-    """Drops the reads that a failed restore left unfinished; else each prints its traceback when Python finds it."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        gc.collect()
-    finally:
-        sys.unraisablehook = hook
+def _silence_unfinished_reads() -> None:
+    """When one read of a restore fails, Orbax leaves the others unfinished; each would print a traceback of its own, when
+    it ends (its event loop is closed) or when Python collects it."""
+    excepthook, unraisablehook = sys.excepthook, sys.unraisablehook
+    closed = lambda error: isinstance(error, RuntimeError) and "Event loop is closed" in str(error)  # noqa: E731
+    sys.excepthook = lambda kind, error, trace: None if closed(error) else excepthook(kind, error, trace)
+    sys.unraisablehook = lambda u: None if inspect.iscoroutine(u.object) or closed(u.exc_value) else unraisablehook(u)
 
 
 def read_params(run_dir: str | Path, step: int | None = None) -> Any:
