@@ -145,6 +145,7 @@ class Checkpoints:
 def _silence_unfinished_reads() -> None:
     """When one read of a restore fails, Orbax leaves the others unfinished; each would print a traceback of its own, when
     it ends (its event loop is closed) or when Python collects it."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # "exception was never retrieved"
     excepthook, unraisablehook = sys.excepthook, sys.unraisablehook
     closed = lambda error: isinstance(error, RuntimeError) and "Event loop is closed" in str(error)  # noqa: E731
     sys.excepthook = lambda kind, error, trace: None if closed(error) else excepthook(kind, error, trace)
