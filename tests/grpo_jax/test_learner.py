@@ -310,8 +310,8 @@ def test_bfloat16_computation_keeps_float32_gradients_near_the_exact_ones(x64):
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])  # noqa: E731
     a, b = flat(gradient), flat(want)
     print(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b), np.linalg.norm(a - b) / np.linalg.norm(b))
-    assert np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b)
-    assert 0 < abs(sums["entropy"] - want_sums["entropy"]) < 0.02 * want_sums["entropy"]
+    assert 1e-3 < np.linalg.norm(a - b) / np.linalg.norm(b) < 0.1  # the rounding of bfloat16, not of float32
+    assert abs(sums["entropy"] - want_sums["entropy"]) < 0.02 * want_sums["entropy"]
 
 
 def test_memory_does_not_hold_the_logits_of_all_tokens():
