@@ -264,8 +264,12 @@ def test_every_token_has_its_share_of_the_unit_interval(at, v):
     np.testing.assert_allclose(logp, np.log(p)[tokens], rtol=0, atol=1e-5)
 
 
-def nextafter(x, steps):
-    return (np.float32(x).view(np.int32) + steps).view(np.float32)
+def beside(x, steps):
+    """The float32 that lies `steps` floats above x, or below."""
+    x = np.float32(x)
+    for _ in range(abs(steps)):
+        x = np.nextafter(x, np.float32(np.copysign(np.inf, steps)))
+    return x
 
 
 @pytest.mark.parametrize("zero", [-np.inf, -300.0], ids=["-inf", "underflow"])
@@ -279,14 +283,14 @@ def test_tokens_of_probability_0_are_never_drawn(at, v, zero):
         impossible[rng.integers(v)] = False
         logits[impossible] = zero
         edges = np.cumsum(softmax(logits)).astype(np.float32)
-        u = np.concatenate([[0, 2.0**-24, nextafter(1, -1), 1], *(nextafter(edges, k) for k in range(-3, 4))])
-        tokens, logp = at(logits, np.clip(u, 0, 1))
+        u = np.concatenate([[0, 2.0**-24], *(beside(edges, k) for k in range(-3, 4))])
+        tokens, logp = at(logits, np.clip(u, 0, beside(1, -1)))
         assert not impossible[tokens].any() and np.all(np.isfinite(logp))
 
 
 def test_invert_at_the_edges():
     weights = jnp.asarray([[0.0, 1.0, 0.0, 2.0, 0.0]], jnp.float32)
-    cases = [(-1e-9, 1), (0, 1), (0.5, 1), (nextafter(1, -1), 1), (1, 3), (2.5, 3), (nextafter(3, -1), 3), (3, 3), (4, 3)]
+    cases = [(-1e-9, 1), (0, 1), (0.5, 1), (beside(1, -1), 1), (1, 3), (2.5, 3), (beside(3, -1), 3), (3, 3), (4, 3)]
     target = jnp.asarray([t for t, _ in cases], jnp.float32)
     index, rest = rollout._invert(jnp.broadcast_to(weights, (len(cases), 5)), target)
     assert index.tolist() == [i for _, i in cases]
