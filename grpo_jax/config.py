@@ -129,8 +129,9 @@ class Learner:
     """Times each batch is learned from."""
     tokens_per_microbatch: int = 30720
     """Tokens a device computes at once, prompts counted once a group. Lower if memory runs out: the result stays the same."""
-    remat: bool = True
-    """Recompute each layer in the backward pass: a third more arithmetic for much less memory."""
+    remat: Literal["none", "attention", "full"] = "attention"
+    """What the backward pass computes again: nothing (fastest where it fits), all of a layer but its attention, or all of it
+    (least memory)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; master weights are float32. auto: float32 on CPU, bfloat16 on accelerators."""
     recompute_old_logp: bool = False
@@ -259,7 +260,7 @@ def demo() -> TrainConfig:
             decode_steps_per_call=16,
         ),
         optimizer=Optimizer(learning_rate=3e-4),
-        learner=Learner(prompts_per_minibatch=16, tokens_per_microbatch=16384, remat=False),
+        learner=Learner(prompts_per_minibatch=16, tokens_per_microbatch=16384, remat="none"),
         validation=Validation(every=5, limit=256),
         export=Export(dtype="float32"),
     )
@@ -277,7 +278,7 @@ def demo_sft() -> SftConfig:
         model=Model(path=str(DEMO_MODEL)),
         data=Data(path="demo", template=str(DEMO_TEMPLATE)),
         optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", warmup=0.1),
-        learner=Learner(tokens_per_microbatch=16384, remat=False),
+        learner=Learner(tokens_per_microbatch=16384, remat="none"),
         validation=Validation(every=50, limit=256),
         export=Export(dtype="float32"),
     )

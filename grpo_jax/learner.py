@@ -40,7 +40,7 @@ class Objective:
     kl_kind: str = "k3"
     entropy_coefficient: float = 0.0
     dtype: str = "float32"  # of the forward and backward pass
-    remat: bool = True  # recompute each layer in the backward pass
+    remat: str = "attention"  # what of a layer is kept for the backward pass, see models.decoder.hidden
     head_chunk: int = 1024  # tokens whose logits exist at a time
 
 
@@ -131,7 +131,7 @@ def apply(
     gradient = jax.tree.map(lambda g: g / count.astype(g.dtype), sums.gradient)
     updates, state = optimizer.update(gradient, state, params)
     scalars = {f.name: getattr(sums, f.name) for f in fields(sums) if f.name != "gradient"}
-    return optax.apply_updates(params, updates), state, {**scalars, "grad_norm": optax.global_norm(gradient)}
+    return optax.apply_updates(params, updates), state, {**scalars, "grad_norm": optax.tree.norm(gradient)}
 
 
 def update(

@@ -1,9 +1,9 @@
 """Groups to packs: whole groups laid end to end in flat rows of tokens, all micro-batches of one compiled shape.
 
 A pack [B, T] holds in each row `[prompt | response 1 | ... | response G | next group ...]`. Index arrays say the rest:
-which position a token has (responses all start where their prompt ends), which token predicts which, and where the
-rectangles of attention read (`models.attention.PackLayout`). All of it is made here, on the host, from lengths alone, so
-that every host of a cluster builds the same packs; sizes are rounded up to few buckets, so that few shapes are compiled.
+which position a token has (responses all start where their prompt ends), which token predicts which, and what a token sees
+(`models.attention.PackLayout`). All of it is made here, on the host, from lengths alone, so that every host of a cluster
+builds the same packs; sizes are rounded up to few buckets, so that few shapes are compiled.
 
 Only a group that is longer than a row by itself is split, between responses, and then its prompt is repeated.
 """
@@ -11,7 +11,7 @@ Only a group that is longer than a row by itself is split, between responses, an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ class Pack:
 
     tokens: jax.Array  # int32 [B, T]
     positions: jax.Array  # int32 [B, T]  position within prompt + own response
-    layout: PackLayout  # rectangles of attention
+    layout: PackLayout  # what attention computes
     source: jax.Array  # int32 [B, M]  index in the row of the token whose hidden state predicts ...
     target: jax.Array  # int32 [B, M]  ... this response token (the first of each response: the prompt's last token)
     mask: jax.Array  # bool [B, M]   a real response token
@@ -45,6 +45,9 @@ class Packed:
     tokens: int  # real tokens, prompts counted once a row that holds them
     response_tokens: int  # places with a loss
     repeated_prompts: int  # times a prompt was repeated because its group did not fit a row
+    launched_tokens: int  # places for tokens, padding included
+    cells: int  # pairs of a token and a token that it sees
+    launched_cells: int  # pairs of places that attention computes, for one query head in one layer
 
 
 def bucket(n: int, steps: int) -> int:
@@ -98,62 +101,82 @@ def _bins(groups: Sequence[Group], row_tokens: int, shards: int) -> list[list[Gr
         micro += 1
 
 
-def pack(groups: Sequence[Group], tokens_per_microbatch: int, shards: int = 1) -> Packed:
-    """Packs groups (with advantages) into micro-batches of `shards` rows of at most `tokens_per_microbatch` tokens."""
+def pack(groups: Sequence[Group], tokens_per_microbatch: int, shards: int = 1, *, tile: int = 128) -> Packed:
+    """Packs groups (with advantages) into micro-batches of `shards` rows of at most `tokens_per_microbatch` tokens.
+
+    T is the same for all of them. M, and the number of tiles that attention computes, follow each micro-batch: a row that
+    holds long prompts needs more tiles, and would make all others pay for them.
+    """
     parts = [part for group in groups for part in split(group, tokens_per_microbatch)]
     rows = _bins(parts, tokens_per_microbatch, shards)
-    most_responses = max((sum(g.response_tokens for g in row) for row in rows), default=0)
     t = min(bucket(max(sum(g.tokens for g in row) for row in rows), 8), tokens_per_microbatch)
-    eighth = -(-t // 8)  # M is tied to T in eighths, so that the two do not multiply the number of shapes
-    sizes = dict(
-        t=t,
-        m=min(t, eighth * -(-most_responses // eighth)),
-        n=bucket(max(map(len, rows)), 4),
-        g=max((len(p.responses) for p in parts), default=1),
-        p=bucket(max((len(p.prompt) for p in parts), default=1), 2),
-        r=bucket(max((len(r) for p in parts for r in p.responses), default=1), 2),
+    made = sorted((_row(row, t, tile) for row in rows), key=lambda row: -row.layout.tiles.size)
+    packs, launched_cells = [], 0
+    for i in range(0, len(made), shards):
+        some = made[i : i + shards]
+        eighth = -(-t // 8)  # M is tied to T, so that the two do not multiply the number of shapes
+        m = min(t, eighth * -(-max(row.mask.size for row in some) // eighth))
+        tiles = bucket(max(len(row.layout.tiles) for row in some), 8)
+        packs.append(jax.tree.map(lambda *x: np.stack(x), *(_widened(row, m, tiles) for row in some)))
+        launched_cells += shards * tiles * tile * tile
+    return Packed(
+        packs,
+        tokens=sum(part.tokens for part in parts),
+        response_tokens=sum(part.response_tokens for part in parts),
+        repeated_prompts=len(parts) - len(groups),
+        launched_tokens=len(rows) * t,
+        cells=sum(map(_cells, parts)),
+        launched_cells=launched_cells,
     )
-    made = [_row(row, **sizes) for row in rows]
-    packs = [jax.tree.map(lambda *x: np.stack(x), *made[i : i + shards]) for i in range(0, len(made), shards)]
-    return Packed(packs, sum(p.tokens for p in parts), sum(p.response_tokens for p in parts), len(parts) - len(groups))
 
 
-def _row(groups: Sequence[Group], *, t: int, m: int, n: int, g: int, p: int, r: int) -> Pack:
-    """One flat row, without the leading B."""
+def _cells(group: Group) -> int:
+    own = [len(group.prompt), *map(len, group.responses)]
+    return sum(n * (n + 1) // 2 for n in own) + len(group.prompt) * group.response_tokens
+
+
+def _row(groups: Sequence[Group], t: int, tile: int) -> Pack:
+    """One flat row, without the leading B, M as large as it must be, and as many tiles as it needs."""
     tokens, positions = np.zeros(t, np.int32), np.zeros(t, np.int32)
-    prompt, response = np.full((n, p), t, np.int32), np.full((n, g, r), t, np.int32)
-    cell = np.full(t, n * (p + g * r), np.int32)  # out of range: padding reads zeros
-    source, target, mask = np.zeros(m, np.int32), np.zeros(m, np.int32), np.zeros(m, bool)
+    first, prompt, prompt_end = np.full(t, t, np.int32), np.zeros(t, np.int32), np.zeros(t, np.int32)
+    tiles: set[tuple[int, int]] = set()
+    m = sum(g.response_tokens for g in groups)
+    source, target = np.zeros(m, np.int32), np.zeros(m, np.int32)
     logp_dtype = groups[0].sampler_logp[0].dtype if groups else np.float32
     advantage, sampler_logp = np.zeros(m, logp_dtype), np.zeros(m, logp_dtype)
     at = loss_at = 0
-    for i, group in enumerate(groups):
-        size = len(group.prompt)
-        here = np.arange(at, at + size)
-        tokens[here], positions[here], cell[here] = group.prompt, np.arange(size), i * p + np.arange(size)
-        prompt[i, :size] = here
-        at, last = at + size, at + size - 1
+
+    def segment(ids: np.ndarray, position: int, start: int, end: int) -> slice:
+        """Lays down a prompt or a response that sees the tokens [start, end) and itself."""
+        here = slice(at, at + len(ids))
+        tokens[here], positions[here] = ids, position + np.arange(len(ids))
+        first[here], prompt[here], prompt_end[here] = at, start, end
+        for i in range(at // tile, -(-here.stop // tile) if len(ids) else 0):
+            tiles.update((i, j) for j in range(at // tile, i + 1))
+            tiles.update((i, j) for j in range(start // tile, -(-end // tile)))
+        return here
+
+    for group in groups:
+        begin, size = at, len(group.prompt)
+        at = segment(group.prompt, 0, at, at).stop
         for j, ids in enumerate(group.responses):
-            here = np.arange(at, at + len(ids))
-            tokens[here], positions[here] = ids, size + np.arange(len(ids))
-            cell[here] = n * p + (i * g + j) * r + np.arange(len(ids))
-            response[i, j, : len(ids)] = here
-            there = slice(loss_at, loss_at + len(ids))
-            source[there], target[there], mask[there] = np.concatenate([[last], here[:-1]])[: len(ids)], ids, True
+            here, there = segment(ids, size, begin, begin + size), slice(loss_at, loss_at + len(ids))
+            source[there] = np.concatenate([[begin + size - 1], np.arange(here.start, here.stop)])[: len(ids)]
+            target[there] = ids
             advantage[there] = 0.0 if group.advantages is None else group.advantages[j]
             sampler_logp[there] = group.sampler_logp[j]
-            at, loss_at = at + len(ids), loss_at + len(ids)
-    return Pack(
-        tokens,
-        positions,
-        PackLayout(prompt, response, cell),
-        source,
-        target,
-        mask,
-        advantage,
-        sampler_logp,
-        sampler_logp.copy(),
-    )
+            at, loss_at = here.stop, there.stop
+    pairs = np.array(sorted(tiles), np.int32).reshape(-1, 2)
+    layout = PackLayout(first, prompt, prompt_end, pairs, tile)
+    return Pack(tokens, positions, layout, source, target, np.ones(m, bool), advantage, sampler_logp, sampler_logp.copy())
+
+
+def _widened(row: Pack, m: int, tiles: int) -> Pack:
+    """The row with room for m response tokens and so many tiles; what is added is masked, and computes nothing."""
+    fill = lambda x, to, value=0: np.pad(x, [(0, to - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=value)  # noqa: E731
+    names = ("source", "target", "mask", "advantage", "sampler_logp", "old_logp")
+    wide = {name: fill(getattr(row, name), m) for name in names}
+    return replace(row, layout=replace(row.layout, tiles=fill(row.layout.tiles, tiles, -1)), **wide)
 
 
 def place(pack: Pack, sharding: jax.sharding.Sharding | None) -> Pack:

@@ -16,24 +16,35 @@ log-sum-exp of a library kernel is used here: `jax.nn.dot_product_attention` sto
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 # Finite, so that a row in which every key is masked stays free of nan; it then merges with weight exp(MASKED - m) = 0.
 MASKED = -1e30
+# Under this name the outputs of a pack's attention may be kept for the backward pass (see models.decoder.hidden, `remat`).
+SAVED = "attention"
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PackLayout:
-    """Where the groups of flat token rows [B, T] lie. An index equal to T means "no token here"."""
+    """What the tokens of flat rows [B, T] see, and how a kernel is to go through them.
 
-    prompt: Array  # int32 [B, N, P]     index in the row of each prompt token, right padded
-    response: Array  # int32 [B, N, G, R]  index in the row of each response token, right padded
-    cell: Array  # int32 [B, T]        inverse of the two: index of a token in [N*P prompt cells | N*G*R response cells]
+    A token sees the interval [first, itself] of its own segment (a prompt or a response) and, in a response, the interval
+    [prompt, prompt_end) of its prompt. Padding has first = T and sees nothing.
+    """
+
+    first: Array  # int32 [B, T]
+    prompt: Array  # int32 [B, T]
+    prompt_end: Array  # int32 [B, T]
+    tiles: Array  # int32 [B, S, 2]  every (tile of queries, tile of keys) in which something is seen; -1 for nothing
+    tile: int = field(default=128, metadata={"static": True})  # tokens
 
 
 @jax.tree_util.register_dataclass
@@ -122,59 +133,97 @@ def causal(q: Array, k: Array, v: Array) -> Array:
 
 def packed(q: Array, k: Array, v: Array, layout: PackLayout) -> Array:
     """Attention of whole groups in flat rows. q [B, T, H, C]; k, v [B, T, K, C] -> [B, T, H, C]; padding tokens give 0."""
-    return jax.vmap(_packed_row)(q, k, v, layout)
+    return jax.vmap(_tiled_row)(q, k, v, layout)
 
 
-def _packed_row(q: Array, k: Array, v: Array, layout: PackLayout) -> Array:
-    t, heads, kv_heads = *q.shape[:2], k.shape[-2]
-    n, p = layout.prompt.shape
-    _, g, r = layout.response.shape
-    tokens = jnp.concatenate([layout.prompt.reshape(-1), layout.response.reshape(-1)])  # of every cell
-
-    def rectangles(x):  # [T, heads, C] -> prompts [N, P, heads, C], responses [N, G, R, heads, C]
-        x = _permute(x, tokens, layout.cell)
-        return x[: n * p].reshape(n, p, *x.shape[1:]), x[n * p :].reshape(n, g, r, *x.shape[1:])
-
-    (q_p, q_r), (k_p, k_r), (v_p, v_r) = map(rectangles, (q, k, v))
-    o_p = causal(q_p, k_p, v_p)
-
-    shared = _part(  # all responses of a group against their one prompt: [N, K, g*G*R, C] x [N, K, P, C]
-        _heads_first(q_r.reshape(n, g * r, heads, -1), kv_heads),
-        jnp.moveaxis(k_p, -2, -3),
-        jnp.moveaxis(v_p, -2, -3),
-        (layout.prompt < t)[:, None, None, :],
-    )
-    own_mask = jnp.tile(jnp.tril(jnp.ones((r, r), bool)), (heads // kv_heads, 1))
-    own = _part(_heads_first(q_r, kv_heads), jnp.moveaxis(k_r, -2, -3), jnp.moveaxis(v_r, -2, -3), own_mask)
-
-    def by_response(x):  # [N, K, g*G*R, ...] -> [N, G, K, g*R, ...], the order of `own`
-        x = x.reshape(n, kv_heads, heads // kv_heads, g, r, *x.shape[3:])
-        return jnp.moveaxis(x, 3, 1).reshape(n, g, kv_heads, (heads // kv_heads) * r, *x.shape[5:])
-
-    o_r = _heads_last(_merge(tuple(map(by_response, shared)), own), heads).astype(q.dtype)
-    cells = jnp.concatenate([o_p.reshape(-1, *q.shape[1:]), o_r.reshape(-1, *q.shape[1:])])
-    return _permute(cells, layout.cell, tokens)
+# ---------------------------------------------------------------- packs by tiles: plain XLA, everywhere
 
 
-@jax.custom_vjp
-def _permute(x: Array, index: Array, inverse: Array) -> Array:
-    """x[index], zeros where the index is out of range; `inverse` undoes it, so that the gradient is a gather too.
+def _tiled_row(q: Array, k: Array, v: Array, layout: PackLayout) -> Array:
+    """One flat row [T, ...] as tiles of queries against tiles of keys; only pairs of tiles that see each other are computed."""
+    t, heads, c = q.shape
+    kv_heads, tile = k.shape[1], layout.tile
+    padding = -t % tile
 
-    Autodiff would make it a scatter-add, which costs more than the attention itself on CPU.
-    """
-    return x.at[index].get(mode="fill", fill_value=0)
+    def cut(x):  # [T, heads, C] -> [T / tile, K, g * tile, C]
+        x = jnp.pad(x, ((0, padding), (0, 0), (0, 0))).reshape(-1, tile, x.shape[1], c)
+        return _heads_first(x, kv_heads)
 
-
-def _permute_forward(x, index, inverse):
-    return _permute(x, index, inverse), (index, inverse)
-
-
-def _permute_backward(saved, gradient):
-    index, inverse = saved
-    return _permute(gradient, inverse, index), None, None
+    spans = tuple(jnp.pad(x, (0, padding)) for x in (layout.first, layout.prompt, layout.prompt_end))
+    o = _tiles(tile, cut(q * c**-0.5), cut(k), cut(v), spans, layout.tiles)
+    return _heads_last(o, heads).reshape(-1, heads, c)[:t]
 
 
-_permute.defvjp(_permute_forward, _permute_backward)
+def _scores(tile: int, q: Array, k: Array, spans: tuple[Array, Array, Array], pair: Array) -> Array:
+    """Scores [K, g * tile, tile] of one pair of tiles [K, g * tile, C] and [K, tile, C], MASKED where a query sees no key."""
+    scores = jnp.einsum("kmc,ksc->kms", q, k, preferred_element_type=wide(q.dtype))
+    # One by one: taken from one stacked array they would be indexed anew for every score, at twice the time of the whole.
+    query, key = pair[0] * tile + jnp.arange(tile)[:, None], pair[1] * tile + jnp.arange(tile)[None]
+    first, prompt, prompt_end = (jax.lax.dynamic_slice_in_dim(x, pair[0] * tile, tile)[:, None] for x in spans)
+    seen = ((first <= key) & (key <= query)) | ((prompt <= key) & (key < prompt_end))
+    mask = jnp.where(seen & (pair[0] >= 0), 0, MASKED).astype(scores.dtype)
+    return (scores.reshape(len(scores), -1, tile, tile) + mask).reshape(scores.shape)
+
+
+def _tiles_forward(tile: int, q: Array, k: Array, v: Array, spans: Any, pairs: Array) -> tuple[Array, Array]:
+    """(o [T / tile, K, g * tile, C], log of the sum of exponentials [T / tile, K, g * tile]), both in the wide dtype."""
+    dtype = wide(q.dtype)
+
+    def one(carry, pair):  # a softmax that is brought up to date with each further tile of keys
+        o, largest, total = carry
+        i, j = jnp.maximum(pair, 0)
+        scores = _scores(tile, q[i], k[j], spans, pair)
+        m = jnp.maximum(largest[i], scores.max(-1))
+        weights, scale = jnp.exp(scores - m[..., None]), jnp.exp(largest[i] - m)
+        new = jnp.einsum("kms,ksc->kmc", weights.astype(v.dtype), v[j], preferred_element_type=dtype)
+        total = _put(total, i, total[i] * scale + weights.sum(-1))
+        return (_put(o, i, o[i] * scale[..., None] + new), _put(largest, i, m), total), None
+
+    # It begins above MASKED, so that where a query sees nothing its weights are exp(MASKED - MASKED / 2) = 0.
+    start = jnp.zeros(q.shape, dtype), jnp.full(q.shape[:-1], MASKED / 2, dtype), jnp.zeros(q.shape[:-1], dtype)
+    (o, largest, total), _ = jax.lax.scan(one, start, pairs)
+    total = jnp.where(total > 0, total, 1)
+    return o / total[..., None], largest + jnp.log(total)
+
+
+def _put(x: Array, i: Array, value: Array) -> Array:
+    """x with x[i] = value, in place inside a loop; `.at[i].set` would be a scatter there, with a test of its bounds."""
+    return jax.lax.dynamic_update_index_in_dim(x, value, i, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiles(tile: int, q: Array, k: Array, v: Array, spans: Any, pairs: Array) -> Array:
+    return _tiles_forward(tile, q, k, v, spans, pairs)[0].astype(q.dtype)
+
+
+def _tiles_saved(tile, q, k, v, spans, pairs):
+    o, log_total = _tiles_forward(tile, q, k, v, spans, pairs)
+    o, log_total = checkpoint_name(o.astype(q.dtype), SAVED), checkpoint_name(log_total, SAVED)
+    return o, (q, k, v, spans, pairs, o, log_total)
+
+
+def _tiles_backward(tile, saved, do):
+    """The weights again from scores and `log_total`, tile by tile (FlashAttention, algorithm 4): no square array is kept."""
+    q, k, v, spans, pairs, o, log_total = saved
+    dtype = wide(q.dtype)
+    dot = functools.partial(jnp.einsum, preferred_element_type=dtype)
+    mean = (do.astype(dtype) * o).sum(-1)  # of the gradient of the weights, under the weights
+
+    def one(carry, pair):
+        dq, dk, dv = carry
+        i, j = jnp.maximum(pair, 0)
+        weights = jnp.exp(_scores(tile, q[i], k[j], spans, pair) - log_total[i][..., None])
+        dscores = weights * (dot("kmc,ksc->kms", do[i], v[j]) - mean[i][..., None])
+        weights, dscores = weights.astype(q.dtype), dscores.astype(q.dtype)
+        dq = _put(dq, i, dq[i] + dot("kms,ksc->kmc", dscores, k[j]))
+        dk = _put(dk, j, dk[j] + dot("kms,kmc->ksc", dscores, q[i]))
+        return (dq, dk, _put(dv, j, dv[j] + dot("kms,kmc->ksc", weights, do[i]))), None
+
+    gradients, _ = jax.lax.scan(one, tuple(jnp.zeros(x.shape, dtype) for x in (q, k, v)), pairs)
+    return *(g.astype(x.dtype) for g, x in zip(gradients, (q, k, v), strict=True)), None, None
+
+
+_tiles.defvjp(_tiles_saved, _tiles_backward)
 
 
 def decode(

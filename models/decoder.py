@@ -380,12 +380,13 @@ def hidden(
     attend: Callable,
     caches: Any = None,
     *,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[Array, Any]:
     """Runs the layers. tokens, positions [...] int32 -> (hidden states [..., D] after the last norm, per-layer outputs).
 
     `attend(q [..., H, C], k [..., K, C], v [..., K, C], cache) -> (o [..., H, C], out)`; `caches` has a leading axis L and
-    is handed over layer by layer, the `out`s come back stacked. `remat` recomputes a layer in the backward pass.
+    is handed over layer by layer, the `out`s come back stacked. `remat` says what of a layer the backward pass finds kept:
+    everything ("none"), its input and the output of its attention ("attention"), or its input alone ("full").
     """
     graph, _ = _graph(config)
     model = nnx.merge(graph, params)
@@ -396,7 +397,16 @@ def hidden(
         weights, cache = scanned
         return nnx.merge(block_graph, weights)(x, rotation, lambda q, k, v: attend(q, k, v, cache))
 
-    body = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False) if remat else layer
+    policies = jax.checkpoint_policies
+    match remat:
+        case "none":
+            body = layer
+        case "attention":
+            body = jax.checkpoint(layer, policy=policies.save_only_these_names(attention.SAVED), prevent_cse=False)
+        case "full":
+            body = jax.checkpoint(layer, policy=policies.nothing_saveable, prevent_cse=False)
+        case _:
+            raise ValueError(f"remat = {remat!r}: use 'none', 'attention' or 'full'")
     x, outs = jax.lax.scan(body, model.embed[...][tokens], (blocks, caches))
     return model.norm(x), outs
 

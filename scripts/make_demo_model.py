@@ -96,7 +96,7 @@ def stage(
         return params
     template = prompt.load_template(demo.TEMPLATE)
     optimizer, _ = learner.make_optimizer(config.Optimizer(rate, "cosine", warmup=0.03, b2=0.98), steps)
-    objective = learner.Objective("cross_entropy", remat=True, head_chunk=4096)
+    objective = learner.Objective("cross_entropy", head_chunk=4096)
     state = optimizer.init(params)
     rows = demo.sft_rows(steps * ROWS, seed, careless)
     device_mesh, began = mesh.make(config.Mesh()), time.perf_counter()

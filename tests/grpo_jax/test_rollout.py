@@ -178,7 +178,7 @@ def test_log_probs_equal_the_learners(request, dtype, atol):
     groups = [replace(g, advantages=np.array([1.0, -0.5, -0.5], dtype)) for g in groups]
     packed = packing.pack(groups, 96)
     assert len(packed.packs) > 1 and packed.response_tokens == usage.tokens
-    objective = Objective(temperature=0.7, dtype=dtype, remat=False, head_chunk=16)
+    objective = Objective(temperature=0.7, dtype=dtype, remat="none", head_chunk=16)
     for pack in packed.packs:
         logp = learner.logprobs(MODEL, objective, params, pack)
         np.testing.assert_allclose(np.asarray(logp)[pack.mask], pack.sampler_logp[pack.mask], rtol=0, atol=atol)

@@ -30,32 +30,23 @@ def dense(q, k, v, mask, numpy=np):
     return numpy.einsum("hts,shc->thc", weights / numpy.maximum(weights.sum(-1, keepdims=True), 1e-300), v)
 
 
-def lay_out(groups, t, n=None, g=None, p=None, r=None, rng=None):
-    """One flat row of the groups, at random places if `rng` is given: (PackLayout of numpy [1, ...], mask [T, T])."""
-    n, g = n or len(groups), g or max(len(rs) for _, rs in groups)
-    p, r = p or max(p for p, _ in groups), r or max((r for _, rs in groups for r in rs), default=1)
-    order = np.arange(t) if rng is None else rng.permutation(t)
-    prompt, response = np.full((n, p), t), np.full((n, g, r), t)
-    cell, mask, at = np.full(t, n * p + n * g * r), np.zeros((t, t), bool), 0
-
-    def take(length):
-        nonlocal at
-        at += length
-        assert at <= t
-        return order[at - length : at]
-
-    for i, (p_length, lengths) in enumerate(groups):
-        mine = prompt[i, :p_length] = take(p_length)
-        cell[mine] = i * p + np.arange(p_length)
-        for a, query in enumerate(mine):
-            mask[query, mine[: a + 1]] = True
-        for j, length in enumerate(lengths):
-            own = response[i, j, :length] = take(length)
-            cell[own] = n * p + (i * g + j) * r + np.arange(length)
+def lay_out(groups, t, tile=4, pairs=None):
+    """One flat row of the groups: (PackLayout of numpy [1, ...], mask [T, T]); the tiles are read off the mask."""
+    first, prompt, prompt_end, mask, at = np.full(t, t), np.zeros(t), np.zeros(t), np.zeros((t, t), bool), 0
+    for p_length, lengths in groups:
+        begin, segments = at, [(p_length, 0), *((length, p_length) for length in lengths)]
+        for length, seen in segments:
+            own = np.arange(at, at + length)
+            first[own], prompt[own], prompt_end[own] = at, begin, begin + seen
             for a, query in enumerate(own):
-                mask[query, mine] = True
+                mask[query, begin : begin + seen] = True
                 mask[query, own[: a + 1]] = True
-    return PackLayout(*(x[None].astype(np.int32) for x in (prompt, response, cell))), mask
+            at += length
+    assert at <= t
+    padded = np.pad(mask, (0, -t % tile))
+    tiles = np.argwhere(padded.reshape(len(padded) // tile, tile, -1, tile).any((1, 3)))
+    tiles = np.pad(tiles, ((0, (pairs or len(tiles)) - len(tiles)), (0, 0)), constant_values=-1)
+    return PackLayout(*(x[None].astype(np.int32) for x in (first, prompt, prompt_end, tiles)), tile), mask
 
 
 def draw(rng, *lead, scale=2.0):
@@ -87,23 +78,23 @@ def test_causal_pairs_query_heads_with_their_key_head(x64, heads, kv_heads):
     )
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("tile", [1, 3, 8, 128])
 @pytest.mark.parametrize("groups", [ONE, TWO, FIVE, MIXED], ids=["one", "two", "five", "mixed"])
-def test_packed_equals_a_softmax_over_the_written_mask(x64, groups, shuffled):
+def test_packed_equals_a_softmax_over_the_written_mask(x64, groups, tile):
     rng = np.random.default_rng(2)
     t = sum(p + sum(rs) for p, rs in groups) + 5
-    layout, mask = lay_out(groups, t, rng=rng if shuffled else None)
+    layout, mask = lay_out(groups, t, tile)
     q, k, v = draw(rng, 1, t)
     out = packed(*map(jnp.asarray, (q, k, v)), layout)[0]
     np.testing.assert_allclose(out, dense(q[0], k[0], v[0], mask), rtol=0, atol=1e-13)
     np.testing.assert_array_equal(out[~mask.any(-1)], 0)  # padding
+    assert layout.tiles.shape[1] <= -(-t // tile) * (-(-t // tile) + 1) // 2  # none above the diagonal
 
 
-def test_packed_rows_are_independent_and_empty_cells_change_nothing(x64):
+def test_packed_rows_are_independent_and_empty_tiles_change_nothing(x64):
     rng = np.random.default_rng(3)
-    sizes = {"n": 6, "g": 5, "p": 12, "r": 8}  # larger than any group needs
     t = 64
-    rows = [lay_out(groups, t, rng=rng, **sizes) for groups in (ONE, TWO, FIVE, MIXED, [])]
+    rows = [lay_out(groups, t, pairs=100) for groups in (ONE, TWO, FIVE, MIXED, [])]  # more than any row needs
     layout = jax.tree.map(lambda *x: jnp.concatenate(x), *(row for row, _ in rows))
     q, k, v = draw(rng, len(rows), t)
     out = packed(*map(jnp.asarray, (q, k, v)), layout)
@@ -115,7 +106,7 @@ def test_packed_rows_are_independent_and_empty_cells_change_nothing(x64):
 def test_gradient_of_packed_equals_that_of_the_dense_mask(x64, groups):
     rng = np.random.default_rng(4)
     t = sum(p + sum(rs) for p, rs in groups) + 3
-    layout, mask = lay_out(groups, t, rng=rng)
+    layout, mask = lay_out(groups, t)
     qkv = tuple(map(jnp.asarray, draw(rng, 1, t)))
     w = jnp.asarray(rng.normal(size=(t, H, C)))
 
@@ -135,7 +126,7 @@ def test_gradient_of_packed_equals_that_of_the_dense_mask(x64, groups):
 
 
 def test_gradient_of_packed_is_finite_where_every_key_is_masked():
-    layout, _ = lay_out([], 4, n=2, g=2, p=3, r=2)
+    layout, _ = lay_out([], 4, pairs=2)
     qkv = tuple(jnp.asarray(x, jnp.float32) for x in draw(np.random.default_rng(5), 1, 4))
     for grad in jax.jit(jax.grad(lambda qkv: packed(*qkv, layout).sum()))(qkv):
         np.testing.assert_array_equal(grad, 0)

@@ -216,14 +216,11 @@ def test_packed_groups_equal_the_copied_sequences(x64, config):
     p, lengths, t = 5, [4, 2], 13
     tokens = rng.integers(0, config.vocab, t)
     starts = np.cumsum([p, *lengths])
-    response = np.full((1, 1, 2, 4), t)
-    cell = np.full(t, p + 8)
-    cell[:p] = np.arange(p)
-    for j, (start, length) in enumerate(zip(starts, lengths, strict=False)):
-        response[0, 0, j, :length] = np.arange(start, start + length)
-        cell[start : start + length] = p + 4 * j + np.arange(length)
+    first = np.repeat([0, 5, 9, t], [5, 4, 2, 2])
+    prompt_end = np.repeat([0, 5, 0], [5, 6, 2])
     positions = np.r_[np.arange(p), p + np.arange(4), p + np.arange(2), 0, 0]
-    layout = PackLayout(jnp.arange(p)[None, None], jnp.asarray(response), jnp.asarray(cell)[None])
+    tiles = np.array([(i, j) for i in range(4) for j in range(i + 1)])
+    layout = PackLayout(*(jnp.asarray(x, jnp.int32)[None] for x in (first, 0 * first, prompt_end, tiles)), tile=4)
     flat = jax.jit(
         lambda params: decoder.unembed(
             params,
@@ -305,7 +302,7 @@ def test_remat_gives_the_same_gradient(x64):
         logp = jax.nn.log_softmax(decoder.unembed(params, x[:, :-1]))
         return -jnp.take_along_axis(logp, tokens[:, 1:, None], -1).mean()
 
-    plain, again = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, remat) for remat in (False, True))
+    plain, again = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, remat) for remat in ("none", "full"))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
         assert np.abs(a).max() > 0
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)
