@@ -134,6 +134,8 @@ class Learner:
     (least memory)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; master weights are float32. auto: float32 on CPU, bfloat16 on accelerators."""
+    attention: Literal["auto", "tiles", "cudnn", "splash"] = "auto"
+    """The kernel of attention in learning. auto: cudnn on NVIDIA in bfloat16, splash on TPU, tiles (plain XLA) elsewhere."""
     recompute_old_logp: bool = False
     """Take the old log-probs from the learner's forward pass instead of the sampler's (one more forward pass a step)."""
 
@@ -216,7 +218,7 @@ Config = TypeVar("Config", TrainConfig, SftConfig)
 
 OPERATIONAL = (
     "run.dir", "run.steps", "run.epochs", "run.tensorboard", "rollout.decode_steps_per_call", "rollout.rows",
-    "learner.tokens_per_microbatch", "learner.remat", "mesh.", "checkpoint.", "validation.", "export.",
+    "learner.tokens_per_microbatch", "learner.remat", "learner.attention", "mesh.", "checkpoint.", "validation.", "export.",
 )  # fmt: skip
 
 

@@ -154,6 +154,22 @@ def compute_dtype(learner: config.Learner) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
+def attention_kernel(learner: config.Learner, model: DecoderConfig) -> str:
+    """The kernel for packs that `learner.attention` names; raises ValueError where it cannot run."""
+    platform, dtype = jax.default_backend(), compute_dtype(learner)
+    reasons = {
+        "cudnn": "needs an NVIDIA GPU" if platform != "gpu" else "computes in bfloat16 only" if dtype != "bfloat16" else
+        f"takes heads of up to 128 in steps of 8, not {model.head_dim}" if model.head_dim > 128 or model.head_dim % 8 else "",
+        "splash": "" if platform == "tpu" else "needs a TPU",
+        "tiles": "",
+    }  # fmt: skip
+    if learner.attention == "auto":
+        return next(kernel for kernel, reason in reasons.items() if not reason)
+    if reasons[learner.attention]:
+        raise ValueError(f"--learner.attention {learner.attention} {reasons[learner.attention]}; take auto or tiles")
+    return learner.attention
+
+
 def fingerprints(policy: Policy, params: Params, tasks: Tasks) -> dict[str, str]:
     """What a resumed run must find unchanged besides its config; kept in every checkpoint."""
     return {

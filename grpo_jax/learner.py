@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grpo_jax import config, loss
+from grpo_jax import config, loss, mesh
 from grpo_jax.packing import Pack
 from models import attention, decoder
 from models.decoder import DecoderConfig, Params
@@ -42,6 +42,7 @@ class Objective:
     dtype: str = "float32"  # of the forward and backward pass
     remat: str = "attention"  # what of a layer is kept for the backward pass, see models.decoder.hidden
     head_chunk: int = 1024  # tokens whose logits exist at a time
+    mesh: Mesh | None = None  # of the parameters and packs, where there are several devices
 
 
 @jax.tree_util.register_dataclass
@@ -72,7 +73,8 @@ def cast(params: Params, dtype: str) -> Params:
 
 def _logprobs(model: DecoderConfig, objective: Objective, params: Params, pack: Pack) -> tuple[Array, Array]:
     params = cast(params, objective.dtype)
-    attend = lambda q, k, v, _: (attention.packed(q, k, v, pack.layout), None)  # noqa: E731
+    kernel = mesh.by_rows(attention.packed, objective.mesh, (model.heads, model.kv_heads))
+    attend = lambda q, k, v, _: (kernel(q, k, v, pack.layout), None)  # noqa: E731
     x, _ = decoder.hidden(model, params, pack.tokens, pack.positions, attend, remat=objective.remat)
     wanted = jnp.take_along_axis(x, pack.source[..., None], axis=1)  # [B, M, D]
     chunk = max(1, objective.head_chunk // pack.tokens.shape[0])
@@ -167,8 +169,7 @@ def step_metrics(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def init_state(optimizer: optax.GradientTransformation, params: Params) -> optax.OptState:
     """The optimizer's state, its moments laid out over the devices like the parameters, its counters on all of them."""
-    mesh = jax.tree.leaves(params)[0].sharding.mesh
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    everywhere = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, PartitionSpec())
     like_param = lambda _, p: p.sharding  # noqa: E731
     shapes = jax.eval_shape(optimizer.init, params)
     layout = optax.tree_map_params(optimizer, like_param, shapes, params, transform_non_params=lambda _: everywhere)

@@ -6,6 +6,7 @@ Three axes: `data` (whole copies of the weights), `fsdp` (weights and optimizer 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,6 +49,19 @@ def shardings(mesh: Mesh, model: DecoderConfig) -> Any:
 def rows(mesh: Mesh) -> NamedSharding:
     """Of the leading axis B of a pack."""
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+def by_rows(f: Callable, mesh: Mesh | None, heads: tuple[int, int]) -> Callable:
+    """f(q [B, T, H, C], k [B, T, K, C], v, layout) -> o like q, run by each device on its own rows and heads.
+
+    Kernels cannot be split by XLA, and one that pretends to (cuDNN with lengths) takes those of other rows. `heads` are H
+    and K; where `tensor` does not divide both, its devices compute the same.
+    """
+    if mesh is None or mesh.size == 1:
+        return f
+    split = "tensor" if all(n % mesh.shape["tensor"] == 0 for n in heads) else None
+    x, layout = PartitionSpec(ROW_AXES, None, split), PartitionSpec(ROW_AXES)
+    return jax.shard_map(f, mesh=mesh, in_specs=(x, x, x, layout), out_specs=x, check_vma=False)
 
 
 def shards(mesh: Mesh) -> int:

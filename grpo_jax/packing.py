@@ -10,6 +10,7 @@ Only a group that is longer than a row by itself is split, between responses, an
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 
 from grpo_jax.group import Group
-from models.attention import PackLayout
+from models.attention import PackLayout, Rows, Tiles
 
 
 @jax.tree_util.register_dataclass
@@ -101,24 +102,36 @@ def _bins(groups: Sequence[Group], row_tokens: int, shards: int) -> list[list[Gr
         micro += 1
 
 
-def pack(groups: Sequence[Group], tokens_per_microbatch: int, shards: int = 1, *, tile: int = 128) -> Packed:
+def pack(
+    groups: Sequence[Group], tokens_per_microbatch: int, shards: int = 1, *, kernel: str = "tiles", tile: int = 128
+) -> Packed:
     """Packs groups (with advantages) into micro-batches of `shards` rows of at most `tokens_per_microbatch` tokens.
 
-    T is the same for all of them. M, and the number of tiles that attention computes, follow each micro-batch: a row that
-    holds long prompts needs more tiles, and would make all others pay for them.
+    `kernel` computes their attention: "tiles" (of `tile` tokens), or one of those that `models.attention.Rows` names. T is
+    the same for all micro-batches. M and the number of tiles follow each one: a row that holds long prompts needs more
+    tiles, and would make all others pay for them.
     """
     parts = [part for group in groups for part in split(group, tokens_per_microbatch)]
     rows = _bins(parts, tokens_per_microbatch, shards)
     t = min(bucket(max(sum(g.tokens for g in row) for row in rows), 8), tokens_per_microbatch)
-    made = sorted((_row(row, t, tile) for row in rows), key=lambda row: -row.layout.tiles.size)
+    if kernel == "tiles":
+        layouts = [_tiles(row, t, tile) for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: -len(layouts[i].tiles))  # like beside like
+    else:
+        widths = _rectangles(rows)
+        layouts, order = [_rows(row, t, widths, kernel) for row in rows], range(len(rows))
     packs, launched_cells = [], 0
-    for i in range(0, len(made), shards):
-        some = made[i : i + shards]
+    for i in range(0, len(rows), shards):
+        some = [(rows[j], layouts[j]) for j in order[i : i + shards]]
         eighth = -(-t // 8)  # M is tied to T, so that the two do not multiply the number of shapes
-        m = min(t, eighth * -(-max(row.mask.size for row in some) // eighth))
-        tiles = bucket(max(len(row.layout.tiles) for row in some), 8)
-        packs.append(jax.tree.map(lambda *x: np.stack(x), *(_widened(row, m, tiles) for row in some)))
-        launched_cells += shards * tiles * tile * tile
+        m = min(t, eighth * -(-max(sum(g.response_tokens for g in row) for row, _ in some) // eighth))
+        if kernel == "tiles":
+            most = bucket(max(len(layout.tiles) for _, layout in some), 8)
+            some = [(row, _with_tiles(layout, most)) for row, layout in some]
+            launched_cells += shards * most * tile * tile
+        else:
+            launched_cells += shards * sum(n * g * s * (s + 1) // 2 for s, (n, g) in widths.items())
+        packs.append(jax.tree.map(lambda *x: np.stack(x), *(_row(row, layout, t, m) for row, layout in some)))
     return Packed(
         packs,
         tokens=sum(part.tokens for part in parts),
@@ -135,48 +148,83 @@ def _cells(group: Group) -> int:
     return sum(n * (n + 1) // 2 for n in own) + len(group.prompt) * group.response_tokens
 
 
-def _row(groups: Sequence[Group], t: int, tile: int) -> Pack:
-    """One flat row, without the leading B, M as large as it must be, and as many tiles as it needs."""
+def _places(groups: Sequence[Group]) -> list[tuple[slice, list[slice]]]:
+    """Where each group's prompt and responses lie in their flat row."""
+    ends = np.cumsum([0, *(len(x) for g in groups for x in (g.prompt, *g.responses))]).tolist()
+    segments = iter(map(slice, ends[:-1], ends[1:]))
+    return [(next(segments), [next(segments) for _ in g.responses]) for g in groups]
+
+
+def _row(groups: Sequence[Group], layout: PackLayout, t: int, m: int) -> Pack:
+    """One flat row, without the leading B."""
     tokens, positions = np.zeros(t, np.int32), np.zeros(t, np.int32)
-    first, prompt, prompt_end = np.full(t, t, np.int32), np.zeros(t, np.int32), np.zeros(t, np.int32)
-    tiles: set[tuple[int, int]] = set()
-    m = sum(g.response_tokens for g in groups)
-    source, target = np.zeros(m, np.int32), np.zeros(m, np.int32)
+    source, target, mask = np.zeros(m, np.int32), np.zeros(m, np.int32), np.zeros(m, bool)
     logp_dtype = groups[0].sampler_logp[0].dtype if groups else np.float32
     advantage, sampler_logp = np.zeros(m, logp_dtype), np.zeros(m, logp_dtype)
-    at = loss_at = 0
-
-    def segment(ids: np.ndarray, position: int, start: int, end: int) -> slice:
-        """Lays down a prompt or a response that sees the tokens [start, end) and itself."""
-        here = slice(at, at + len(ids))
-        tokens[here], positions[here] = ids, position + np.arange(len(ids))
-        first[here], prompt[here], prompt_end[here] = at, start, end
-        for i in range(at // tile, -(-here.stop // tile) if len(ids) else 0):
-            tiles.update((i, j) for j in range(at // tile, i + 1))
-            tiles.update((i, j) for j in range(start // tile, -(-end // tile)))
-        return here
-
-    for group in groups:
-        begin, size = at, len(group.prompt)
-        at = segment(group.prompt, 0, at, at).stop
-        for j, ids in enumerate(group.responses):
-            here, there = segment(ids, size, begin, begin + size), slice(loss_at, loss_at + len(ids))
-            source[there] = np.concatenate([[begin + size - 1], np.arange(here.start, here.stop)])[: len(ids)]
-            target[there] = ids
+    at = 0
+    for group, (prompt, responses) in zip(groups, _places(groups), strict=True):
+        size = len(group.prompt)
+        tokens[prompt], positions[prompt] = group.prompt, np.arange(size)
+        for j, (ids, here) in enumerate(zip(group.responses, responses, strict=True)):
+            there = slice(at, at := at + len(ids))
+            tokens[here], positions[here] = ids, size + np.arange(len(ids))
+            source[there] = np.concatenate([[prompt.stop - 1], np.arange(here.start, here.stop)])[: len(ids)]
+            target[there], mask[there], sampler_logp[there] = ids, True, group.sampler_logp[j]
             advantage[there] = 0.0 if group.advantages is None else group.advantages[j]
-            sampler_logp[there] = group.sampler_logp[j]
-            at, loss_at = here.stop, there.stop
-    pairs = np.array(sorted(tiles), np.int32).reshape(-1, 2)
-    layout = PackLayout(first, prompt, prompt_end, pairs, tile)
-    return Pack(tokens, positions, layout, source, target, np.ones(m, bool), advantage, sampler_logp, sampler_logp.copy())
+    return Pack(tokens, positions, layout, source, target, mask, advantage, sampler_logp, sampler_logp.copy())
 
 
-def _widened(row: Pack, m: int, tiles: int) -> Pack:
-    """The row with room for m response tokens and so many tiles; what is added is masked, and computes nothing."""
-    fill = lambda x, to, value=0: np.pad(x, [(0, to - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=value)  # noqa: E731
-    names = ("source", "target", "mask", "advantage", "sampler_logp", "old_logp")
-    wide = {name: fill(getattr(row, name), m) for name in names}
-    return replace(row, layout=replace(row.layout, tiles=fill(row.layout.tiles, tiles, -1)), **wide)
+def _tiles(groups: Sequence[Group], t: int, tile: int) -> Tiles:
+    """As many tiles as the row needs."""
+    first, prompt, prompt_end = np.full(t, t, np.int32), np.zeros(t, np.int32), np.zeros(t, np.int32)
+    tiles: set[tuple[int, int]] = set()
+    for ours, responses in _places(groups):
+        for own in (ours, *responses):
+            end = ours.start if own is ours else ours.stop  # a prompt sees no prompt
+            first[own], prompt[own], prompt_end[own] = own.start, ours.start, end
+            for i in range(own.start // tile, -(-own.stop // tile) if own.stop > own.start else 0):
+                tiles.update((i, j) for j in range(own.start // tile, i + 1))
+                tiles.update((i, j) for j in range(ours.start // tile, -(-end // tile)))
+    return Tiles(first, prompt, prompt_end, np.array(sorted(tiles), np.int32).reshape(-1, 2), tile)
+
+
+def _with_tiles(layout: Tiles, most: int) -> Tiles:
+    more = most - len(layout.tiles)
+    return replace(layout, tiles=np.pad(layout.tiles, ((0, more), (0, 0)), constant_values=-1))
+
+
+def _width(group: Group) -> int:
+    """A multiple of 128, as splash wants it; powers of two, as each width is a call of the kernel."""
+    return max(128, bucket(len(group.prompt) + max(map(len, group.responses), default=0), 1))
+
+
+def _rectangles(rows: Sequence[Sequence[Group]]) -> dict[int, tuple[int, int]]:
+    """S -> (N, G) of the rectangles that hold any of the flat rows."""
+    counts = [Counter(map(_width, row)) for row in rows]
+    widths = sorted({width for count in counts for width in count})
+    responses = {s: max(len(g.responses) for row in rows for g in row if _width(g) == s) for s in widths}
+    return {s: (bucket(max(count[s] for count in counts), 2), responses[s]) for s in widths}
+
+
+def _rows(groups: Sequence[Group], t: int, rectangles: dict[int, tuple[int, int]], kernel: str) -> Rows:
+    token = {s: np.full((n, g, s), t, np.int32) for s, (n, g) in rectangles.items()}
+    length = {s: np.zeros((n, g), np.int32) for s, (n, g) in rectangles.items()}
+    begins = dict(zip(rectangles, np.cumsum([0, *(x.size for x in token.values())]).tolist(), strict=False))
+    cell = np.full(t, sum(x.size for x in token.values()), np.int32)
+    copies, step = np.zeros(t, np.int32), np.zeros(t, np.int32)
+    used = Counter()
+    for group, (prompt, responses) in zip(groups, _places(groups), strict=True):
+        s, size = _width(group), len(group.prompt)
+        i, (_, g) = used[s], rectangles[s]
+        used[s] += 1
+        begin = begins[s] + i * g * s
+        cell[prompt], copies[prompt], step[prompt] = begin + np.arange(size), len(responses), s
+        for j, own in enumerate(responses):
+            row = token[s][i, j]
+            row[:size], row[size : size + own.stop - own.start] = np.r_[prompt], np.r_[own]
+            length[s][i, j] = size + own.stop - own.start
+            cell[own], copies[own] = begin + j * s + size + np.arange(own.stop - own.start), 1
+    return Rows(tuple(token.values()), tuple(length.values()), cell, copies, step, kernel)
 
 
 def place(pack: Pack, sharding: jax.sharding.Sharding | None) -> Pack:

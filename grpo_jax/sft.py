@@ -36,7 +36,7 @@ def sft(cfg: SftConfig) -> None:
     policy = inputs.load_policy(cfg.model.path)
     tasks = inputs.load_tasks(cfg.data, policy, cfg.batch.max_tokens, cfg.run.seed, cfg.validation.limit, with_target=True)
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.batch.rows_per_step)
-    objective = Objective("cross_entropy", dtype=inputs.compute_dtype(cfg.learner), remat=cfg.learner.remat)
+    objective = Objective("cross_entropy", dtype=inputs.compute_dtype(cfg.learner), remat=cfg.learner.remat, mesh=device_mesh)
     console.header(
         f"SFT: {cfg.model.path}",
         [

@@ -44,8 +44,8 @@ def train(cfg: TrainConfig) -> None:
     tasks = inputs.load_tasks(cfg.data, policy, cfg.rollout.max_prompt_tokens, cfg.run.seed, cfg.validation.limit)
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.rollout.prompts_per_step)
     sampling = sampling_of(cfg.rollout, policy)
-    introduce(cfg, tasks, steps, device_mesh)
-    run = open_run(cfg, "grpo_jax.train", policy, tasks, objective_of(cfg), steps * minibatches(cfg), device_mesh)
+    introduce(cfg, policy, tasks, steps, device_mesh)
+    run = open_run(cfg, "grpo_jax.train", policy, tasks, objective_of(cfg, device_mesh), steps * minibatches(cfg), device_mesh)
     with Progress(steps, run.step) as show:
         if run.step == 0:
             report(run, show, {"step": 0, **validate(run, tasks.validation, sampling, score_group, show)})
@@ -111,10 +111,10 @@ def sampling_of(settings: config.Rollout, policy: Policy) -> Sampling:
     )  # fmt: skip
 
 
-def objective_of(cfg: TrainConfig) -> Objective:
+def objective_of(cfg: TrainConfig, device_mesh: Mesh) -> Objective:
     return Objective(
         "grpo", cfg.rollout.temperature, cfg.loss.clip_low, cfg.loss.clip_high, cfg.loss.kl_coefficient, cfg.loss.kl_kind,
-        cfg.loss.entropy_coefficient, inputs.compute_dtype(cfg.learner), cfg.learner.remat,
+        cfg.loss.entropy_coefficient, inputs.compute_dtype(cfg.learner), cfg.learner.remat, mesh=device_mesh,
     )  # fmt: skip
 
 
@@ -123,13 +123,16 @@ def minibatches(cfg: TrainConfig) -> int:
     return cfg.learner.passes * -(-cfg.rollout.prompts_per_step // cfg.learner.prompts_per_minibatch)
 
 
-def introduce(cfg: TrainConfig, tasks: Tasks, steps: int, device_mesh: Mesh) -> None:
+def introduce(cfg: TrainConfig, policy: Policy, tasks: Tasks, steps: int, device_mesh: Mesh) -> None:
     """Prints the arithmetic of the run."""
     n, g = cfg.rollout.prompts_per_step, cfg.rollout.group_size
     rows = f"{len(tasks.train):,} training rows, {len(tasks.validation):,} for validation"
     dropped = "".join(f"; dropped as {reason}: {count:,}" for reason, count in tasks.dropped.items())
     updates = f"{minibatches(cfg)} optimizer step(s) of {min(n, cfg.learner.prompts_per_minibatch):,} prompts"
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    device, kernel = (
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        inputs.attention_kernel(cfg.learner, policy.model),
+    )
     console.header(
         f"GRPO: {cfg.model.path}",
         [
@@ -137,7 +140,7 @@ def introduce(cfg: TrainConfig, tasks: Tasks, steps: int, device_mesh: Mesh) -> 
             ("a step", f"{n:,} prompts x {g} = {n * g:,} responses; {updates}"),
             ("a micro-batch", f"{cfg.learner.tokens_per_microbatch:,} tokens a device at most, prompts counted once a group"),
             ("run", f"{steps:,} steps = {steps * n / len(tasks.train):.3g} epochs, in {cfg.run.dir}"),
-            ("devices", f"{device}, mesh {dict(device_mesh.shape)}, {inputs.compute_dtype(cfg.learner)}"),
+            ("devices", f"{device}, mesh {dict(device_mesh.shape)}, {inputs.compute_dtype(cfg.learner)}, attention {kernel}"),
         ],
     )
 
@@ -179,7 +182,10 @@ def pack(run: Run, groups: Sequence[Group]) -> list[list[Pack]]:
     if run.config.loss.skip_zero_variance:
         groups = [g for g in groups if np.any(g.advantages != 0)]
     size, budget = run.config.learner.prompts_per_minibatch, run.config.learner.tokens_per_microbatch
-    packed = [packing.pack(groups[i : i + size], budget, mesh.shards(run.mesh)) for i in range(0, len(groups), size)]
+    kernel = inputs.attention_kernel(run.config.learner, run.policy.model)
+    packed = [
+        packing.pack(groups[i : i + size], budget, mesh.shards(run.mesh), kernel=kernel) for i in range(0, len(groups), size)
+    ]
     return [[packing.place(p, mesh.rows(run.mesh)) for p in one.packs] for one in packed]
 
 

@@ -1,17 +1,17 @@
 """Attention over groups: a prompt is causal, a response sees its prompt and itself.
 
-The one place that knows how attention is computed. Everything is built from one piece, `_part` (one block of queries
-against one block of keys, left unnormalised), and its inverse, `_merge` (the softmax over several parts):
+The one place that knows how attention is computed, and by which kernel:
 
-    causal   a plain sequence                                          one part
-    packed   flat rows of whole groups, for learning                   prompts: one part; responses: prompt + own
-    decode   one new token a response row, for sampling                prompt cache + own cache + the token itself
+    causal   a plain sequence, in plain XLA; the reference
+    packed   flat rows of whole groups, for learning
+             Tiles   plain XLA, everywhere: pairs of tiles of the flat row that see each other, one after another, with a
+                     flash backward pass; the prompt's tiles are shared by the responses, because these lie side by side
+             Rows    fused kernels (cuDNN on NVIDIA, splash on TPU): rows [prompt | response] are gathered in here
+    decode   one new token a response row, for sampling: prompt cache + own cache + the token itself, where the queries of
+             a group stand side by side in one matrix, so that its prompt is read once
 
-In `packed` and `decode` the keys of a prompt are multiplied once for all responses of its group: the queries of the
-group stand side by side in one matrix. Rectangles (and so padding) exist only in here; the dense layers see flat tokens.
-
-The parts keep their own maximum and sum in at least float32 and are plain differentiable arithmetic. That is why no
-log-sum-exp of a library kernel is used here: `jax.nn.dot_product_attention` stops the gradient of the one it returns.
+The dense layers never see any of it: their tokens lie flat. Scores, maxima and sums are in at least float32. No
+log-sum-exp of a library kernel is differentiated: `jax.nn.dot_product_attention` stops the gradient of the one it returns.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ SAVED = "attention"
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class PackLayout:
-    """What the tokens of flat rows [B, T] see, and how a kernel is to go through them.
+class Tiles:
+    """A pack for attention by tiles: what the tokens of flat rows [B, T] see, and where something is seen at all.
 
     A token sees the interval [first, itself] of its own segment (a prompt or a response) and, in a response, the interval
     [prompt, prompt_end) of its prompt. Padding has first = T and sees nothing.
@@ -45,6 +45,26 @@ class PackLayout:
     prompt_end: Array  # int32 [B, T]
     tiles: Array  # int32 [B, S, 2]  every (tile of queries, tile of keys) in which something is seen; -1 for nothing
     tile: int = field(default=128, metadata={"static": True})  # tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """A pack for kernels that know plain causal sequences only: rows [prompt | one response], in rectangles.
+
+    The groups of a flat row are sorted by the width S of their longest row into a few rectangles of N groups and G rows
+    each. Cells are counted through all rectangles of a flat row, in order.
+    """
+
+    token: tuple[Array, ...]  # int32 [B, N, G, S] each: the token of each cell; T where there is none
+    length: tuple[Array, ...]  # int32 [B, N, G] each: tokens of each row
+    cell: Array  # int32 [B, T]  the (first) cell of each token; beyond the last for padding
+    copies: Array  # int32 [B, T]  cells that hold the token: a prompt's stands in every row of its group
+    step: Array  # int32 [B, T]  from one of them to the next
+    kernel: str = field(metadata={"static": True})  # "cudnn", "splash", or "plain": XLA, the reference in tests
+
+
+PackLayout = Tiles | Rows
 
 
 @jax.tree_util.register_dataclass
@@ -132,14 +152,19 @@ def causal(q: Array, k: Array, v: Array) -> Array:
 
 
 def packed(q: Array, k: Array, v: Array, layout: PackLayout) -> Array:
-    """Attention of whole groups in flat rows. q [B, T, H, C]; k, v [B, T, K, C] -> [B, T, H, C]; padding tokens give 0."""
-    return jax.vmap(_tiled_row)(q, k, v, layout)
+    """Attention of whole groups in flat rows. q [B, T, H, C]; k, v [B, T, K, C] -> [B, T, H, C]; padding tokens give 0.
+
+    On several devices it must run under `jax.shard_map` over B (grpo_jax.mesh.by_rows): no kernel can be split by XLA.
+    """
+    if isinstance(layout, Rows):
+        return _in_rows(q, k, v, layout)
+    return jax.vmap(_in_tiles)(q, k, v, layout)
 
 
 # ---------------------------------------------------------------- packs by tiles: plain XLA, everywhere
 
 
-def _tiled_row(q: Array, k: Array, v: Array, layout: PackLayout) -> Array:
+def _in_tiles(q: Array, k: Array, v: Array, layout: Tiles) -> Array:
     """One flat row [T, ...] as tiles of queries against tiles of keys; only pairs of tiles that see each other are computed."""
     t, heads, c = q.shape
     kv_heads, tile = k.shape[1], layout.tile
@@ -224,6 +249,102 @@ def _tiles_backward(tile, saved, do):
 
 
 _tiles.defvjp(_tiles_saved, _tiles_backward)
+
+
+# ---------------------------------------------------------------- packs by rows: fused kernels
+
+
+def _in_rows(q: Array, k: Array, v: Array, layout: Rows) -> Array:
+    """Prompts are copied in here and nowhere else: the dense layers, which are most of the work, see flat tokens."""
+    spread = jax.vmap(_spread)
+    rectangles = [token.shape[1:] for token in layout.token]
+    cells = [spread(x, layout) for x in (q, k, v)]
+    parts, begin = [], 0
+    for (n, g, s), length in zip(rectangles, layout.length, strict=True):
+        rows = [x[:, begin : begin + n * g * s].reshape(-1, s, *x.shape[2:]) for x in cells]
+        parts.append(_fused(*rows, length.reshape(-1), layout.kernel).reshape(len(q), n * g * s, *q.shape[2:]))
+        begin += n * g * s
+    return jax.vmap(_collect)(jnp.concatenate(parts, 1), layout)
+
+
+def _take(x: Array, index: Array) -> Array:
+    """x[index], zeros where the index is out of range."""
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def _tokens(layout: Rows) -> Array:
+    """The token of every cell of one flat row, in order."""
+    return jnp.concatenate([token.reshape(-1) for token in layout.token])
+
+
+@jax.custom_vjp
+def _spread(x: Array, layout: Rows) -> Array:
+    """One flat row [T, ...] -> its cells; a prompt's gradient is the sum over its copies.
+
+    Here and in `_collect` gradients are gathers, too: autodiff would make scatter-adds, which cost more than attention.
+    """
+    return _take(x, _tokens(layout))
+
+
+def _spread_backward(layout: Rows, dcells: Array) -> tuple[Array, None]:
+    most = max(token.shape[1] for token in layout.token)
+    cells = [jnp.where(i < layout.copies, layout.cell + i * layout.step, len(dcells)) for i in range(most)]
+    return sum(_take(dcells, cell).astype(wide(dcells.dtype)) for cell in cells).astype(dcells.dtype), None
+
+
+_spread.defvjp(lambda x, layout: (_spread(x, layout), layout), _spread_backward)
+
+
+@jax.custom_vjp
+def _collect(cells: Array, layout: Rows) -> Array:
+    """Cells -> one flat row [T, ...]; of a prompt's copies the first is taken, so only that one gets a gradient."""
+    return _take(cells, layout.cell)
+
+
+def _collect_backward(layout: Rows, dx: Array) -> tuple[Array, None]:
+    token = _tokens(layout)
+    is_first = _take(layout.cell, token) == jnp.arange(len(token))
+    return _take(dx, jnp.where(is_first, token, len(dx))), None
+
+
+_collect.defvjp(lambda cells, layout: (_collect(cells, layout), layout), _collect_backward)
+
+
+def _fused(q: Array, k: Array, v: Array, length: Array, kernel: str) -> Array:
+    """Causal attention of rows: q [B, S, H, C]; k, v [B, S, K, C]; length [B] -> [B, S, H, C], with no meaning beyond it."""
+    match kernel:
+        case "cudnn":  # the lengths let it skip the padding
+            length = jnp.maximum(length, 1)
+            attention = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+            return attention(q, k, v, query_seq_lengths=length, key_value_seq_lengths=length)
+        case "splash":
+            return splash(q, k, v)
+        case "plain":
+            return causal(q, k, v)
+    raise ValueError(f"kernel = {kernel!r}: use 'cudnn', 'splash' or 'plain'")
+
+
+def splash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
+    """Causal attention by the splash kernel of TPUs (`interpret` runs it anywhere, slowly): shapes as in `causal`.
+
+    S must be a multiple of 128.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as library
+
+    s, heads, c = q.shape[-3:]
+    fit = lambda most: max(b for b in range(128, most + 1, 128) if s % b == 0)  # noqa: E731
+    block, compute = fit(1024), fit(512)
+    compute = compute if block % compute == 0 else block
+    sizes = library.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=compute,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=compute, use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    kernel = library.make_splash_mha(
+        mask=library.MultiHeadMask([library.CausalMask((s, s))] * heads), head_shards=1, q_seq_shards=1,
+        block_sizes=sizes, residual_checkpoint_name=SAVED, interpret=interpret,
+    )  # fmt: skip
+    heads_first = lambda x: jnp.moveaxis(x, -2, -3)  # noqa: E731
+    return heads_first(jax.vmap(kernel)(heads_first(q * c**-0.5), heads_first(k), heads_first(v)))
 
 
 def decode(

@@ -131,13 +131,14 @@ def step(sizes):
     shardings = mesh.shardings(device_mesh, MODEL)
     params = jax.device_put(init, shardings)
     state = learner.init_state(optimizer, params)
-    packs = packing.pack(groups, 32, mesh.shards(device_mesh)).packs
+    kernel = "plain" if sizes and sizes.tensor > 1 else "tiles"
+    packs = packing.pack(groups, 32, mesh.shards(device_mesh), kernel=kernel, tile=8).packs
     packs = [packing.place(p, mesh.rows(device_mesh)) for p in packs]
     packs = [replace(p, ref_logp=p.sampler_logp + jnp.cos(9 * p.sampler_logp)) for p in packs]
     lies = lambda tree: all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), tree, shardings)))
     trees = lambda params, state: [params, learner.zeros(params).gradient, *(optax.tree.get(state, k) for k in ("mu", "nu"))]
     before = all(map(lies, trees(params, state)))
-    after, state, scalars = learner.update(MODEL, objective, optimizer, params, state, packs)
+    after, state, scalars = learner.update(MODEL, replace(objective, mesh=device_mesh), optimizer, params, state, packs)
     pieces = lambda x: x.size // x.addressable_shards[0].data.size
     return jax.device_get(after), jax.device_get(scalars), dict(
         micro_batches=len(packs), tokens=[pieces(packs[0].tokens), len(packs[0].tokens)], embed=pieces(after["embed"]),

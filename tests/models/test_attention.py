@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax.group import Group
+from grpo_jax.packing import pack
 from models import attention
-from models.attention import PackLayout, RowSlots
+from models.attention import RowSlots, Tiles
 
 K, REPEAT, C = 2, 3, 4  # 6 query heads over 2 key heads
 H = K * REPEAT
@@ -31,7 +35,7 @@ def dense(q, k, v, mask, numpy=np):
 
 
 def lay_out(groups, t, tile=4, pairs=None):
-    """One flat row of the groups: (PackLayout of numpy [1, ...], mask [T, T]); the tiles are read off the mask."""
+    """One flat row of the groups: (Tiles of numpy [1, ...], mask [T, T]); the tiles are read off the mask."""
     first, prompt, prompt_end, mask, at = np.full(t, t), np.zeros(t), np.zeros(t), np.zeros((t, t), bool), 0
     for p_length, lengths in groups:
         begin, segments = at, [(p_length, 0), *((length, p_length) for length in lengths)]
@@ -46,7 +50,7 @@ def lay_out(groups, t, tile=4, pairs=None):
     padded = np.pad(mask, (0, -t % tile))
     tiles = np.argwhere(padded.reshape(len(padded) // tile, tile, -1, tile).any((1, 3)))
     tiles = np.pad(tiles, ((0, (pairs or len(tiles)) - len(tiles)), (0, 0)), constant_values=-1)
-    return PackLayout(*(x[None].astype(np.int32) for x in (first, prompt, prompt_end, tiles)), tile), mask
+    return Tiles(*(x[None].astype(np.int32) for x in (first, prompt, prompt_end, tiles)), tile), mask
 
 
 def draw(rng, *lead, scale=2.0):
@@ -130,6 +134,52 @@ def test_gradient_of_packed_is_finite_where_every_key_is_masked():
     qkv = tuple(jnp.asarray(x, jnp.float32) for x in draw(np.random.default_rng(5), 1, 4))
     for grad in jax.jit(jax.grad(lambda qkv: packed(*qkv, layout).sum()))(qkv):
         np.testing.assert_array_equal(grad, 0)
+
+
+def test_rows_equal_tiles_in_outputs_and_gradients(x64):
+    """Kernels for plain causal sequences, fed with copied prompts, against the tiles, through a whole pack of each."""
+    rng = np.random.default_rng(8)
+    ids = lambda n: rng.integers(0, 9, n).astype(np.int32)  # noqa: E731
+    lengths = [*ONE, *TWO, *FIVE, (4, [2]), (200, [60, 3]), (5, [1, 2, 4, 4, 5]), (140, [7])]
+    groups = [
+        Group(ids(p), tuple(map(ids, rs)), tuple(np.zeros(r) for r in rs), (False,) * len(rs), np.zeros(len(rs)))
+        for p, rs in lengths
+    ]
+    tiles, rows = (pack(groups, 300, 2, kernel=kernel).packs for kernel in ("tiles", "plain"))
+    assert len(rows) == len(tiles) == 1 and [token.shape[1:] for token in rows[0].layout.token] == [
+        (6, 5, 128),
+        (1, 1, 256),
+        (1, 2, 512),
+    ]
+    qkv = tuple(map(jnp.asarray, draw(rng, *rows[0].tokens.shape)))
+    w = jnp.asarray(rng.normal(size=qkv[0].shape))
+
+    def run(layout):
+        return jax.jit(jax.value_and_grad(lambda qkv: jnp.sum(w * jnp.sin(packed(*qkv, layout)))))(qkv)
+
+    (value, found), (expected, want) = run(rows[0].layout), run(tiles[0].layout)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    for a, b in zip(found, want, strict=True):
+        assert np.abs(b).max() > 0.1
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("s", [128, 640])
+def test_splash_interpreted_equals_plain_causal_attention(s):
+    rng = np.random.default_rng(9)
+    qkv = tuple(jnp.asarray(rng.normal(size=(2, s, heads, 64)), jnp.float32) for heads in (4, 2, 2))
+    w = jnp.asarray(rng.normal(size=qkv[0].shape), jnp.float32)
+    run = lambda f: jax.jit(jax.value_and_grad(lambda qkv: jnp.sum(w * f(*qkv))))(qkv)  # noqa: E731
+    (value, found), (expected, want) = run(functools.partial(attention.splash, interpret=True)), run(causal)
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    for a, b in zip(found, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+
+
+def test_a_kernel_that_is_not_known_is_refused():
+    q, k, v = (jnp.ones((1, 128, heads, C)) for heads in (H, K, K))
+    with pytest.raises(ValueError, match="use 'cudnn', 'splash' or 'plain'"):
+        attention._fused(q, k, v, jnp.ones(1, int), "flash")
 
 
 def test_bfloat16_stays_near_float64():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from models import decoder
-from models.attention import PackLayout, PromptCache, ResponseCache, RowSlots, packed
+from models.attention import PromptCache, ResponseCache, RowSlots, Tiles, packed
 from models.attention import causal as causal_attention
 from models.decoder import SIZES, DecoderConfig, RopeScaling
 
@@ -220,7 +220,7 @@ def test_packed_groups_equal_the_copied_sequences(x64, config):
     prompt_end = np.repeat([0, 5, 0], [5, 6, 2])
     positions = np.r_[np.arange(p), p + np.arange(4), p + np.arange(2), 0, 0]
     tiles = np.array([(i, j) for i in range(4) for j in range(i + 1)])
-    layout = PackLayout(*(jnp.asarray(x, jnp.int32)[None] for x in (first, 0 * first, prompt_end, tiles)), tile=4)
+    layout = Tiles(*(jnp.asarray(x, jnp.int32)[None] for x in (first, 0 * first, prompt_end, tiles)), tile=4)
     flat = jax.jit(
         lambda params: decoder.unembed(
             params,
