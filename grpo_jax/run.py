@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ class Run:
     meta: dict[str, Any]
     log: metrics.Log
     checkpoints: checkpoint.Checkpoints
+    lock: IO[str]  # held while it is open
 
 
 def open_run(
@@ -49,6 +50,7 @@ def open_run(
 
     Raises ValueError where model, tokenizer or data changed since, and where every checkpoint is damaged.
     """
+    folder = Path(config.run.dir)
     changed = checkpoint.compare(config, program)
     params = inputs.load_params(policy, mesh)
     optimizer, schedule = learner.make_optimizer(config.optimizer, optimizer_steps)
@@ -70,12 +72,27 @@ def open_run(
                     f"{config.run.dir}: the run began with another {what}; restore it, or choose another --run.dir"
                 )
         state = restored.state
-    checkpoint.claim(config, program)
+    lock = checkpoint.claim(config, program)
     step = restored.step if restored else 0
     if restored is not None:
-        console.header(f"resuming {config.run.dir} after step {step}", [("changed", c) for c in changed])
-    log = metrics.Log.open(config.run.dir, step, config.run.tensorboard)
-    return Run(config, policy, mesh, state, reference, objective, optimizer, schedule, step, meta, log, checkpoints)
+        before = restored.meta["resolved"]
+        changed += [
+            f"{name}: {before.get(name)} -> {value}" for name, value in meta["resolved"].items() if before.get(name) != value
+        ]
+        console.header(f"resuming {folder} after step {step}", [("changed", c) for c in changed])
+    elif (folder / "metrics.jsonl").exists():
+        console.warn(f"{folder}: no checkpoint to resume from; the run begins anew, over its old metrics and rollouts")
+    log = metrics.Log.open(folder, step, config.run.tensorboard)
+    return Run(config, policy, mesh, state, reference, objective, optimizer, schedule, step, meta, log, checkpoints, lock)
+
+
+def report(run: Run, show: console.Progress, row: dict[str, Any]) -> None:
+    """Logs and shows the row of a step, with the learning rate of its last optimizer step."""
+    # From the optimizer, not from the step: a step whose groups are all left out takes no optimizer step.
+    taken = int(optax.tree_utils.tree_get_all_with_path(run.state["optimizer"], "count")[0][1])
+    row["learning_rate"] = float(run.schedule(max(0, taken - 1)))
+    run.log.step(row)
+    show.step(row)
 
 
 def finish(run: Run) -> None:
@@ -94,12 +111,9 @@ def finish(run: Run) -> None:
         ("checkpoints", str(folder / "checkpoints")),
         ("model", str(folder / "hf")),
     ]
-    first, last = (
-        ({k: v for k, v in row.items() if k.startswith("val/")} for row in (validated[0], validated[-1]))
-        if validated
-        else ({}, {})
-    )
+    first, last = (validated[0], validated[-1]) if validated else ({}, {})
     console.closing(first, last, [(label, place) for label, place in places if Path(place).stat().st_size])
+    run.lock.close()
 
 
 class Clock:
