@@ -20,7 +20,7 @@ from grpo_jax.group import Group
 from grpo_jax.inputs import Task
 from grpo_jax.learner import Objective
 from grpo_jax.packing import Pack
-from grpo_jax.run import Clock, Run, finish, memory, open_run
+from grpo_jax.run import Clock, Run, finish, memory, open_run, report
 
 
 def sft(cfg: SftConfig) -> None:
@@ -37,16 +37,18 @@ def sft(cfg: SftConfig) -> None:
     tasks = inputs.load_tasks(cfg.data, policy, cfg.batch.max_tokens, cfg.run.seed, cfg.validation.limit, with_target=True)
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.batch.rows_per_step)
     objective = Objective("cross_entropy", dtype=inputs.compute_dtype(cfg.learner), remat=cfg.learner.remat)
+    without = [task for task in tasks.train if not {"reasoning", "response"} & task.example.extra.keys()]
     console.header(
         f"SFT: {cfg.model.path}",
         [
-            (
-                "data",
-                f"{len(tasks.train):,} training rows, {len(tasks.validation):,} for validation; dropped {dict(tasks.dropped)}",
-            ),
-            ("run", f"{steps:,} steps of {cfg.batch.rows_per_step} rows, in {cfg.run.dir}"),
+            ("data", tasks.summary()),
+            ("replies", f"{len(without):,} of {len(tasks.train):,} are calls without a thought before them"),
+            ("run", f"{steps:,} steps of {cfg.batch.rows_per_step:,} rows, in {cfg.run.dir}"),
+            ("devices", inputs.devices(device_mesh, objective.dtype)),
         ],
     )
+    longest = max(len(task.prompt) + len(task.target) for task in tasks.train)
+    inputs.warn_of_context(policy, longest, "the longest prompt and reply")
     run = open_run(cfg, "grpo_jax.sft", policy, tasks, objective, steps, device_mesh)
     with Progress(steps, run.step) as show:
         if run.step == 0:
@@ -65,8 +67,6 @@ def sft(cfg: SftConfig) -> None:
                 "step": step,
                 "epoch": step * len(batch) / len(tasks.train),
                 "loss": float(sums["loss"] / max(sums["count"], 1)),
-            }
-            row |= {
                 "grad_norm": float(sums["grad_norm"]),
                 "learner/tokens_per_second": tokens / clock.seconds["update"],
             }
@@ -102,12 +102,6 @@ def validate(run: Run, tasks: Sequence[Task], show: Progress) -> dict[str, float
         total -= float((logp * one.mask).sum())
         count += int(one.mask.sum())
     return {"val/loss": total / count}
-
-
-def report(run: Run, show: Progress, row: dict) -> None:
-    row["learning_rate"] = float(run.schedule(max(0, row["step"] - 1)))
-    run.log.step(row)
-    show.step(row)
 
 
 def main() -> None:

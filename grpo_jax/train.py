@@ -33,7 +33,7 @@ from grpo_jax.learner import Objective
 from grpo_jax.packing import Pack
 from grpo_jax.reward import Response, Reward, Scored
 from grpo_jax.rollout import Sampling, Usage
-from grpo_jax.run import Clock, Run, finish, memory, open_run
+from grpo_jax.run import Clock, Run, finish, memory, open_run, report
 
 
 def train(cfg: TrainConfig) -> None:
@@ -44,7 +44,7 @@ def train(cfg: TrainConfig) -> None:
     tasks = inputs.load_tasks(cfg.data, policy, cfg.rollout.max_prompt_tokens, cfg.run.seed, cfg.validation.limit)
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.rollout.prompts_per_step)
     sampling = sampling_of(cfg.rollout, policy)
-    introduce(cfg, tasks, steps, device_mesh)
+    introduce(cfg, policy, tasks, steps, device_mesh)
     run = open_run(cfg, "grpo_jax.train", policy, tasks, objective_of(cfg), steps * minibatches(cfg), device_mesh)
     with Progress(steps, run.step) as show:
         if run.step == 0:
@@ -123,23 +123,22 @@ def minibatches(cfg: TrainConfig) -> int:
     return cfg.learner.passes * -(-cfg.rollout.prompts_per_step // cfg.learner.prompts_per_minibatch)
 
 
-def introduce(cfg: TrainConfig, tasks: Tasks, steps: int, device_mesh: Mesh) -> None:
+def introduce(cfg: TrainConfig, policy: Policy, tasks: Tasks, steps: int, device_mesh: Mesh) -> None:
     """Prints the arithmetic of the run."""
     n, g = cfg.rollout.prompts_per_step, cfg.rollout.group_size
-    rows = f"{len(tasks.train):,} training rows, {len(tasks.validation):,} for validation"
-    dropped = "".join(f"; dropped as {reason}: {count:,}" for reason, count in tasks.dropped.items())
     updates = f"{minibatches(cfg)} optimizer step(s) of {min(n, cfg.learner.prompts_per_minibatch):,} prompts"
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     console.header(
         f"GRPO: {cfg.model.path}",
         [
-            ("data", rows + dropped),
+            ("data", tasks.summary()),
             ("a step", f"{n:,} prompts x {g} = {n * g:,} responses; {updates}"),
             ("a micro-batch", f"{cfg.learner.tokens_per_microbatch:,} tokens a device at most, prompts counted once a group"),
             ("run", f"{steps:,} steps = {steps * n / len(tasks.train):.3g} epochs, in {cfg.run.dir}"),
-            ("devices", f"{device}, mesh {dict(device_mesh.shape)}, {inputs.compute_dtype(cfg.learner)}"),
+            ("devices", inputs.devices(device_mesh, inputs.compute_dtype(cfg.learner))),
         ],
     )
+    longest = max(len(task.prompt) for task in tasks.train) + cfg.rollout.max_response_tokens
+    inputs.warn_of_context(policy, longest, "the longest prompt and a response of --rollout.max_response_tokens")
 
 
 def respond(
@@ -167,7 +166,8 @@ def score(
     for task, group in zip(batch, groups, strict=True):
         ids = [r if cut else r[:-1] for r, cut in zip(group.responses, group.truncated, strict=True)]
         # Special tokens stay: where a tokenizer calls the format's tags special, they must not vanish from the text.
-        decoded = [policy.tokenizer.decode(r, skip_special_tokens=False) for r in ids]
+        # No cleaning: transformers 4 would, for Llama 3, take the space out of " ," and " .", inside arguments too.
+        decoded = [policy.tokenizer.decode(r, skip_special_tokens=False, clean_up_tokenization_spaces=False) for r in ids]
         responses = [Response(t, len(r), cut) for t, r, cut in zip(decoded, group.responses, group.truncated, strict=True)]
         texts.append(decoded)
         scored.append(score_group(responses, task.example))
@@ -261,7 +261,7 @@ def rollout_rows(
             }
             for t, r, cut, s, a in zip(decoded, group.responses, group.truncated, scores, group.advantages, strict=True)
         ]
-        prompt = policy.tokenizer.decode(group.prompt, skip_special_tokens=False)
+        prompt = policy.tokenizer.decode(group.prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         rows.append(
             {
                 "step": step,
@@ -272,12 +272,6 @@ def rollout_rows(
             }
         )
     return rows
-
-
-def report(run: Run, show: Progress, row: dict[str, Any]) -> None:
-    row["learning_rate"] = float(run.schedule(max(0, row["step"] * minibatches(run.config) - 1)))
-    run.log.step(row)
-    show.step(row)
 
 
 def main() -> None:
