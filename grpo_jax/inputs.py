@@ -122,6 +122,8 @@ def load_tasks(
         raise ValueError(
             f"{settings.path}: no row to train on is left ({tasks.summary()}); raise the length limits, or give other data"
         )
+    if (long := drops["too_long"]) > (kept := len(tasks.train) + len(tasks.validation)):
+        console.warn(f"{long:,} of {long + kept:,} rows take more than {max_tokens:,} tokens and are left out")
     if not tasks.validation and limit and settings.validation_path:
         raise ValueError(
             f"{settings.validation_path}: no row to validate on is left ({tasks.summary()}); raise the length limits"

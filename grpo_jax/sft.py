@@ -56,6 +56,7 @@ def sft(cfg: SftConfig) -> None:
         for step in range(run.step + 1, steps + 1):
             clock = Clock()
             batch = inputs.batch(tasks.train, cfg.batch.rows_per_step, cfg.run.seed, step)
+            show.phase("update")
             with clock.time("update"):
                 packs, tokens = pack(batch, cfg.learner.tokens_per_microbatch, device_mesh)
                 params, optimizer, sums = learner.update(

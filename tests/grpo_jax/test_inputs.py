@@ -62,6 +62,13 @@ def test_the_fraction_is_held_out_and_the_rest_trained_on(policy, tmp_path):
         load(policy, Data(path=write(tmp_path / "long.jsonl", rows(3, words=200))))
 
 
+def test_few_long_rows_are_left_out_quietly_and_many_are_warned_of(policy, tmp_path, capsys):
+    for long in (5, 6):
+        load(policy, Data(path=write(tmp_path / "rows.jsonl", [*rows(5), *rows(long, words=200)]), validation_fraction=0))
+        shown = capsys.readouterr().out
+        assert ("warning: 6 of 11 rows take more than 400 tokens" in shown) == (long == 6)
+
+
 def test_targets_are_the_text_and_the_end_token_and_part_of_the_fingerprint(policy, tmp_path):
     def tasks(reasoning):
         path = write(tmp_path / "rows.jsonl", rows(3, reasoning=reasoning))
