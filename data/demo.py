@@ -285,12 +285,13 @@ def _task(rng: random.Random, held_out: bool) -> Example:
         calls.append({"name": name, "arguments": arguments})
 
     rng.shuffle(names)
-    return make(
+    example = make(
         messages=[{"role": "user", "content": " ".join(clauses)}],
         tools=[_tool(name, schemas[name]) for name in names],
         answer=calls,
         source="demo/parallel" if parallel else "demo/single",
     )
+    return replace(example, extra={"reasoning": thought(example)})
 
 
 def _names(rng: random.Random, held_out: bool, called: int) -> list[str]:

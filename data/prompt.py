@@ -89,8 +89,8 @@ def encode(example: Example, tokenizer: Any, template: str | None = None) -> lis
         roles, name = ", ".join(turn["role"] for turn in chat), tokenizer.name_or_path or "without a name"
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"the chat template of the tokenizer {name} refuses example {example.id}, roles {roles} ({reason}): model "
-            "whose template accepts them, or drop the row"
+            f"the chat template of the tokenizer {name} refuses example {example.id}, roles {roles} ({reason}): take a "
+            "model whose template accepts them, or leave the row out"
         ) from error
     return list(ids)
 

@@ -1,8 +1,9 @@
 """Checkpoints of a run, and its right to resume.
 
     compare        whether the run's folder holds nothing, or the same run; anything else is refused
-    claim          the folder and its config.json
+    claim          the folder, its lock and its config.json
     Checkpoints    asynchronous, atomic saves by Orbax of a state (a pytree of arrays) and `meta` (plain JSON)
+    read_params    the weights alone of a checkpoint, whatever devices it was written from
     fingerprint    a short hash of anything in JSON: data, template, tokenizer
 
 Orbax writes a checkpoint beside its place and renames it, so a kill leaves none or a whole one. It does not notice a
@@ -12,6 +13,8 @@ the array is sharded, and restoring compares.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import inspect
 import json
@@ -21,16 +24,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 
 from grpo_jax import config as configs
 
 State = Any
+_LOCK, _PARTIAL = "lock", "config.tmp"  # files in a run's folder
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ def compare(config: Any, program: str) -> list[str]:
     folder = Path(config.run.dir)
     file = folder / "config.json"
     if not file.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        begun = {_LOCK, _PARTIAL}  # what a kill within `claim` leaves
+        if folder.exists() and (not folder.is_dir() or any(found.name not in begun for found in folder.iterdir())):
             raise ValueError(f"{folder} is not empty and holds no run (no config.json); choose another --run.dir")
         return []
     try:
@@ -74,13 +80,26 @@ def compare(config: Any, program: str) -> list[str]:
     return changed
 
 
-def claim(config: Any, program: str) -> None:
-    """Makes the run's folder and writes its config.json, whole or not at all."""
+def claim(config: Any, program: str) -> IO[str]:
+    """Makes the run's folder, locks it and writes its config.json, whole or not at all.
+
+    The lock lasts as long as the file that is returned is open, so at most as long as this process. Raises ValueError
+    where another process holds it: two of them would cut off and overwrite each other's rows and checkpoints.
+    """
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "config.tmp"
+    lock = (folder / _LOCK).open("a")
+    with contextlib.suppress(OSError):  # some network file systems know no locks
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another process is at work on this run; wait for it, or choose another --run.dir"
+            ) from None
+    partial = folder / _PARTIAL
     partial.write_text(json.dumps({"program": program, **configs.to_dict(config)}, indent=2) + "\n")
     os.replace(partial, folder / "config.json")
+    return lock
 
 
 class Checkpoints:
@@ -110,7 +129,8 @@ class Checkpoints:
                 damaged.append((step, why[:200] or type(error).__name__))
                 continue
             for bad, why in damaged:
-                aside = self._folder / f"damaged-{bad}"
+                earlier = len(list(self._folder.glob(f"damaged-{bad}*")))
+                aside = self._folder / (f"damaged-{bad}-{earlier + 1}" if earlier else f"damaged-{bad}")
                 warn(f"checkpoint {self._folder / str(bad)} is damaged ({why}); now {aside.name}, going on from step {step}")
                 (self._folder / str(bad)).rename(aside)
             return restored
@@ -152,27 +172,30 @@ def _silence_unfinished_reads() -> None:
     sys.unraisablehook = lambda u: None if inspect.iscoroutine(u.object) or closed(u.exc_value) else unraisablehook(u)
 
 
-def read_params(run_dir: str | Path, step: int | None = None) -> Any:
-    """The parameters in the checkpoint of `step`, or in the newest one, as arrays of this process.
+def read_params(run_dir: str | Path, shapes: Any, step: int | None = None) -> Any:
+    """The parameters in the checkpoint of `step`, or in the newest one, as numpy arrays.
 
-    Raises FileNotFoundError where there is none, ValueError where it is damaged.
+    `shapes` is a pytree of what they must be (`.shape`, `.dtype`). Nothing else of the checkpoint is read, and the devices
+    it was written from need not be here. Raises FileNotFoundError where there is none, ValueError where it cannot be read.
     """
     folder = (Path(run_dir) / "checkpoints").resolve()
-    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
+    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
     if not steps or (step is not None and step not in steps):
-        raise FileNotFoundError(
-            f"{folder}: no checkpoint{'' if step is None else f' of step {step}'}; there are {sorted(steps)}"
-        )
-    step = max(steps) if step is None else step
+        there = ", ".join(map(str, steps)) or "none"
+        raise FileNotFoundError(f"{folder}: no checkpoint{'' if step is None else f' of step {step}'}; there are: {there}")
+    step = steps[-1] if step is None else step
+    wanted = {"params": shapes}
+    as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), wanted)
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+    _silence_unfinished_reads()
     try:
         with ocp.CheckpointManager(folder) as manager:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
-            found = manager.restore(step, args=args)
-        params = {"params": found.state["params"]}
-        _verify(params, found.meta)
-    except Exception as error:
-        raise ValueError(f"{folder / str(step)}: damaged ({' '.join(str(error).split())[:200]}); take another step") from None
-    return params["params"]
+            found = manager.restore(step, args=ocp.args.Composite(state=args, meta=ocp.args.JsonRestore()))
+        _verify(found.state, found.meta)
+    except Exception as error:  # of a dozen kinds, as in `restore`
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{folder / str(step)}: cannot be read ({why}); take another step") from None
+    return found.state["params"]
 
 
 def _verify(state: State, meta: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ class Run:
     epochs: float = 7.0
     """Passes over the training rows, where `steps` is left out."""
     seed: int = 0
-    """Decides the order of the data and every sampled token, and nothing else does."""
+    """Of all that is drawn: which rows are held out, the order of the others, and the random key of every sampled token."""
     tensorboard: bool = True
     """Also write the metrics as TensorBoard events, under `tensorboard/` in the run's folder."""
 
@@ -163,7 +164,7 @@ class Validation:
     every: int = 10
     """Steps between validations; there is always one before the first step and one after the last. 0: only those two."""
     limit: int = 512
-    """Validation rows used, at most."""
+    """Validation rows used, at most. 0: no validation."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,9 @@ OPERATIONAL = (
 )  # fmt: skip
 
 
+_FROM_0 = ("run.seed", "rollout.top_k", "validation.every", "validation.limit")  # whole numbers; the others start at 1
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as plain JSON."""
     return dataclasses.asdict(config)
@@ -235,6 +239,16 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str],
         if old.get(name) != new.get(name):
             (operational if name.startswith(OPERATIONAL) else identity).append(f"{name}: {old.get(name)} -> {new.get(name)}")
     return identity, operational
+
+
+def check_numbers(config: Any) -> None:
+    """Raises ValueError for a number below the least that its field can take, or one that is not finite."""
+    for section in dataclasses.fields(config):
+        for number in dataclasses.fields(getattr(config, section.name)):
+            name, value = f"{section.name}.{number.name}", getattr(getattr(config, section.name), number.name)
+            least = 1 if "int" in number.type and name not in _FROM_0 else 0
+            if isinstance(value, (int, float)) and not least <= value < math.inf:
+                raise ValueError(f"--{name} {value}: give a number from {least} on")
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -332,7 +346,9 @@ def parse(kind: type[Config], program: str, argv: Sequence[str]) -> Config:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise ValueError(_one_line(shown.getvalue())) from None
+        late = next((word for word in words if word in presets), None)
+        hint = f"; a preset like {late!r} comes first" if late and "Unrecognized" in shown.getvalue() else ""
+        raise ValueError(_one_line(shown.getvalue()) + hint) from None
 
 
 def _nearest(word: str, known: Any) -> str:
@@ -347,9 +363,27 @@ def _one_line(box: str) -> str:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs a program: an error that a user can mend becomes one line on stderr and exit code 2."""
+    """Runs a program: an error that a user can mend becomes one line on stderr and exit code 2.
+
+    Such are the errors of files, and the ValueErrors that this program raises itself. One from elsewhere, a library or a
+    user's own reward, is a bug, and shows where.
+    """
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
+        if not isinstance(error, OSError) and not _is_ours(error):
+            raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether code of this program raised it."""
+    frame = error.__traceback__
+    while frame.tb_next:
+        frame = frame.tb_next
+    file = Path(frame.tb_frame.f_code.co_filename)
+    return any(file.is_relative_to(ROOT / package) for package in ("grpo_jax", "models", "data", "eval", "scripts"))

@@ -2,7 +2,7 @@
 
     header       before: what will be computed, label by label
     Progress     during: on a terminal, a bar, the phase at work and the numbers people watch; elsewhere, a line a step
-    closing      after: accuracy and reasons before and after, and where everything lies
+    closing      after: the first validation and the last, and where everything lies
     warn         at any time; stands above the display
 
 In a pipe or a CI log there are no escape codes and no line is broken, however long it is. Everything goes through one
@@ -91,10 +91,12 @@ def closing(
 ) -> None:
     """Prints two validations side by side, and (label, path) of what the run leaves.
 
-    before, after: metrics, of which the shares under "val/accuracy" and "val/reason/<code>" are shown, or under these
-    names without "val/". What one of the two lacks was not measured; a reason it lacks among others was not seen.
+    before, after: metrics, of which "val/loss" and the shares under "val/accuracy" and "val/reason/<code>" are shown. What
+    one of the two lacks was not measured; a reason it lacks among others was not seen. A reason seen in neither is left out.
     """
-    names = [name for name in {**before, **after} if name.removeprefix("val/").startswith(("accuracy", "reason/"))]
+    shown = ("val/loss", "val/accuracy", "val/reason/")
+    names = [name for name in {**before, **after} if name.startswith(shown)]
+    names = [name for name in names if "reason/" not in name or before.get(name) or after.get(name)]
     names.sort(key=lambda name: "reason/" in name)
     if names:
         labels = [name.removeprefix("val/").removeprefix("reason/") for name in names]
@@ -103,9 +105,10 @@ def closing(
         _line(console, (f"{'validation':{width}}{'before':>8}{'after':>8}{'difference':>12}", "dim"))
         for label, name in zip(labels, names, strict=True):
             old, new = _share(before, name), _share(after, name)
-            cells = [f"{'-' if share is None else f'{share:.1%}':>8}" for share in (old, new)]
-            difference = "-" if old is None or new is None else f"{100 * (new - old):+.1f}"
-            style = "bold" if label == "accuracy" else ""
+            value, change, scale = ("{:.4f}", "{:+.4f}", 1) if label == "loss" else ("{:.1%}", "{:+.1f}", 100)
+            cells = [f"{'-' if number is None else value.format(number):>8}" for number in (old, new)]
+            difference = "-" if old is None or new is None else change.format(scale * (new - old))
+            style = "bold" if label in ("accuracy", "loss") else ""
             _line(console, (f"{label:{width}}{''.join(cells)}{difference:>12}", style))
     _line(console)
     _labelled(console, places)
@@ -113,7 +116,7 @@ def closing(
 
 def _share(metrics: Mapping[str, Number], name: str) -> Number:
     """The share under `name`; 0 for a reason that is missing among others, None for what was not measured."""
-    family = name.partition("reason/")[0] + "reason/"
+    family = "val/reason/"
     counted = name.startswith(family) and any(other.startswith(family) for other in metrics)
     return metrics.get(name, 0.0 if counted else None)
 

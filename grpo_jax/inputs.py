@@ -54,17 +54,24 @@ class Tasks:
     validation: list[Task]
     dropped: dict[str, int]  # rows left out, by reason
 
+    def summary(self) -> str:
+        """How many rows there are, and why others are not."""
+        counts = f"{len(self.train):,} training rows, {len(self.validation):,} for validation"
+        return counts + "".join(f"; dropped as {reason}: {count:,}" for reason, count in self.dropped.items())
+
     def fingerprint(self) -> str:
-        """Changes when any training row, or the way it is written as a prompt, does."""
-        return checkpoint.fingerprint([[task.example.id, task.prompt.tolist()] for task in self.train])
+        """Changes when any training row does, or the way it is written as a prompt and, in SFT, as a target."""
+        ids = lambda tokens: None if tokens is None else tokens.tolist()  # noqa: E731
+        return checkpoint.fingerprint([[task.example.id, ids(task.prompt), ids(task.target)] for task in self.train])
 
 
 def require(settings: Any) -> None:
-    """Raises ValueError where a config names no model or no data."""
+    """Raises ValueError where a config names no model or no data, or holds a number that is out of its range."""
     if not settings.model.path:
         raise ValueError("--model.path is missing: give the folder or the hub id of a Qwen2.5 or Llama 3 model")
     if not settings.data.path:
         raise ValueError("--data.path is missing: give a JSONL file, a folder, a hub id, or `demo`")
+    config.check_numbers(settings)
 
 
 def load_policy(path: str) -> Policy:
@@ -73,6 +80,8 @@ def load_policy(path: str) -> Policy:
     ends = hf.end_tokens(path, model, tokenizer)
     if not ends:
         raise ValueError(f"{path}: no end-of-turn token is named; set eos_token_id in generation_config.json")
+    if len(tokenizer) > model.vocab:  # a gather beyond the end of an array is no error in JAX
+        raise ValueError(f"{path}: {len(tokenizer)} tokens in the tokenizer, {model.vocab} in the model; they do not fit")
     return Policy(path, model, tokenizer, ends)
 
 
@@ -88,7 +97,7 @@ def load_tasks(
     """Reads, splits and encodes the rows; `limit` bounds those for validation.
 
     Prompts of more than `max_tokens` tokens (with their target, if it is wanted) are dropped, and counted as `too_long`;
-    never cut. Raises ValueError where no row is left to train on.
+    never cut. Raises ValueError where no row is left to train on, or to validate on where a file names such rows.
     """
     train, validation, dropped = _examples(settings, seed, limit)
     template = prompt.load_template(settings.template)
@@ -101,7 +110,7 @@ def load_tasks(
             if len(tasks) == most:
                 break
             ids = np.array(prompt.encode(example, policy.tokenizer, template), np.int32)
-            task = Task(example, ids, target_ids(example, policy.tokenizer) if with_target else None)
+            task = Task(example, ids, target_ids(example, policy) if with_target else None)
             if len(ids) + (0 if task.target is None else len(task.target)) > max_tokens:
                 drops["too_long"] += 1
             else:
@@ -111,15 +120,22 @@ def load_tasks(
     tasks = Tasks(encoded(train, "training rows", len(train)), encoded(validation, "validation rows", limit), drops)
     if not tasks.train:
         raise ValueError(
-            f"{settings.path}: no row to train on is left ({dict(drops)}); raise the length limits, or give other data"
+            f"{settings.path}: no row to train on is left ({tasks.summary()}); raise the length limits, or give other data"
+        )
+    if (long := drops["too_long"]) > (kept := len(tasks.train) + len(tasks.validation)):
+        console.warn(f"{long:,} of {long + kept:,} rows take more than {max_tokens:,} tokens and are left out")
+    if not tasks.validation and limit and settings.validation_path:
+        raise ValueError(
+            f"{settings.validation_path}: no row to validate on is left ({tasks.summary()}); raise the length limits"
         )
     return tasks
 
 
-def target_ids(example: Example, tokenizer: Any) -> np.ndarray:
+def target_ids(example: Example, policy: Policy) -> np.ndarray:
     """int32 [R]: the text that SFT imitates, and the end-of-turn token."""
-    text = tokenizer(prompt.target(example), add_special_tokens=False)["input_ids"]
-    return np.array([*text, tokenizer.eos_token_id], np.int32)
+    text = policy.tokenizer(prompt.target(example), add_special_tokens=False)["input_ids"]
+    end = policy.tokenizer.eos_token_id
+    return np.array([*text, policy.end_tokens[0] if end is None else end], np.int32)
 
 
 def _examples(settings: config.Data, seed: int, limit: int) -> tuple[list[Example], list[Example], dict[str, int]]:
@@ -128,9 +144,10 @@ def _examples(settings: config.Data, seed: int, limit: int) -> tuple[list[Exampl
         return demo.tasks(_DEMO_ROWS, seed=seed + 1, held_out=False), demo.tasks(limit, seed=0, held_out=True), {}
     loaded = jsonl.load(settings.path)
     if settings.validation_path:
-        held_out = jsonl.load(settings.validation_path).examples
-        train = jsonl.split(loaded.examples, 0.0, seed)[0]
-        return train, held_out, loaded.dropped
+        held_out = jsonl.load(settings.validation_path)
+        # Both shuffled: `limit` takes the first rows, and files are often sorted.
+        train, validation = (jsonl.split(rows.examples, 0.0, seed)[0] for rows in (loaded, held_out))
+        return train, validation, Counter(loaded.dropped) + Counter(held_out.dropped)
     return *jsonl.split(loaded.examples, settings.validation_fraction, seed), loaded.dropped
 
 
@@ -146,6 +163,19 @@ def batch(tasks: Sequence[Task], size: int, seed: int, step: int) -> list[Task]:
 def steps_of(run: config.Run, rows: int, batch_size: int) -> int:
     """Steps of a run: given, or what its epochs take."""
     return run.steps if run.steps is not None else max(1, round(run.epochs * rows / batch_size))
+
+
+def warn_of_context(policy: Policy, longest: int, what: str) -> None:
+    """Warns where a sequence may be longer than any that the model was made for: nothing fails there, but it writes worse."""
+    if longest > policy.model.max_positions:
+        console.warn(f"{what} take {longest:,} tokens; {policy.path} is made for {policy.model.max_positions:,}")
+
+
+def devices(device_mesh: Mesh, learner: config.Learner, model: DecoderConfig) -> str:
+    """What a run computes on, for its header."""
+    sizes = " x ".join(f"{axis} {size}" for axis, size in device_mesh.shape.items())
+    how = f"{compute_dtype(learner)}, attention by {attention_kernel(learner, model)}"
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {sizes}, {how}"
 
 
 def compute_dtype(learner: config.Learner) -> str:

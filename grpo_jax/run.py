@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from grpo_jax import checkpoint, console, inputs, learner, metrics
+from grpo_jax import checkpoint, console, inputs, learner, metrics, packing
 from grpo_jax import config as configs
+from grpo_jax import mesh as meshes
+from grpo_jax.group import Group
 from grpo_jax.inputs import Policy, Tasks
 from grpo_jax.learner import Objective
+from grpo_jax.packing import Packed
 from models import hf
 from models.decoder import Params
 
@@ -34,12 +38,14 @@ class Run:
     state: dict[str, Any]  # {"params", "optimizer"}
     reference: Params | None  # the initial weights in the compute dtype, where a KL term wants them
     objective: Objective
+    kernel: str  # of attention in learning
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     step: int  # of the checkpoint it resumed from; 0 for a new run
     meta: dict[str, Any]
     log: metrics.Log
     checkpoints: checkpoint.Checkpoints
+    lock: IO[str]  # held while it is open
 
 
 def open_run(
@@ -49,14 +55,16 @@ def open_run(
 
     Raises ValueError where model, tokenizer or data changed since, and where every checkpoint is damaged.
     """
+    folder = Path(config.run.dir)
     changed = checkpoint.compare(config, program)
     params = inputs.load_params(policy, mesh)
     optimizer, schedule = learner.make_optimizer(config.optimizer, optimizer_steps)
+    kernel = inputs.attention_kernel(config.learner, policy.model)
     meta = {
         "program": program,
         "config": configs.to_dict(config),
         "fingerprints": inputs.fingerprints(policy, params, tasks),
-        "resolved": {"device": jax.devices()[0].device_kind, "dtype": objective.dtype},
+        "resolved": {"device": jax.devices()[0].device_kind, "dtype": objective.dtype, "attention": kernel},
     }
     reference = jax.tree.map(jnp.copy, learner.cast(params, objective.dtype)) if objective.kl_coefficient else None
     state = {"params": params, "optimizer": learner.init_state(optimizer, params)}
@@ -70,12 +78,44 @@ def open_run(
                     f"{config.run.dir}: the run began with another {what}; restore it, or choose another --run.dir"
                 )
         state = restored.state
-    checkpoint.claim(config, program)
+    lock = checkpoint.claim(config, program)
     step = restored.step if restored else 0
     if restored is not None:
-        console.header(f"resuming {config.run.dir} after step {step}", [("changed", c) for c in changed])
-    log = metrics.Log.open(config.run.dir, step, config.run.tensorboard)
-    return Run(config, policy, mesh, state, reference, objective, optimizer, schedule, step, meta, log, checkpoints)
+        before = restored.meta["resolved"]
+        changed += [
+            f"{name}: {before.get(name)} -> {value}" for name, value in meta["resolved"].items() if before.get(name) != value
+        ]
+        console.header(f"resuming {folder} after step {step}", [("changed", c) for c in changed])
+    elif (folder / "metrics.jsonl").exists():
+        console.warn(f"{folder}: no checkpoint to resume from; the run begins anew, over its old metrics and rollouts")
+    log = metrics.Log.open(folder, step, config.run.tensorboard)
+    return Run(
+        config, policy, mesh, state, reference, objective, kernel, optimizer, schedule, step, meta, log, checkpoints, lock
+    )  # fmt: skip
+
+
+def pack(run: Run, groups: Sequence[Group]) -> Packed:
+    """The micro-batches of one mini-batch, on the devices."""
+    packed = packing.pack(groups, run.config.learner.tokens_per_microbatch, meshes.shards(run.mesh), kernel=run.kernel)
+    return replace(packed, packs=[packing.place(p, meshes.rows(run.mesh)) for p in packed.packs])
+
+
+def padding(packed: Sequence[Packed]) -> dict[str, float]:
+    """The share of padding among what the learner computes: tokens, and pairs of tokens in attention."""
+    total = lambda name: sum(getattr(p, name) for p in packed)  # noqa: E731
+    return {
+        "learner/token_padding": 1 - total("tokens") / max(1, total("launched_tokens")),
+        "learner/attention_padding": 1 - total("cells") / max(1, total("launched_cells")),
+    }
+
+
+def report(run: Run, show: console.Progress, row: dict[str, Any]) -> None:
+    """Logs and shows the row of a step, with the learning rate of its last optimizer step."""
+    # From the optimizer, not from the step: a step whose groups are all left out takes no optimizer step.
+    taken = int(optax.tree_utils.tree_get_all_with_path(run.state["optimizer"], "count")[0][1])
+    row["learning_rate"] = float(run.schedule(max(0, taken - 1)))
+    run.log.step(row)
+    show.step(row)
 
 
 def finish(run: Run) -> None:
@@ -94,12 +134,21 @@ def finish(run: Run) -> None:
         ("checkpoints", str(folder / "checkpoints")),
         ("model", str(folder / "hf")),
     ]
-    first, last = (
-        ({k: v for k, v in row.items() if k.startswith("val/")} for row in (validated[0], validated[-1]))
-        if validated
-        else ({}, {})
-    )
+    first, last = (validated[0], validated[-1]) if validated else ({}, {})
     console.closing(first, last, [(label, place) for label, place in places if Path(place).stat().st_size])
+    run.lock.close()
+
+
+def cache_compilations() -> None:
+    """Keeps compiled programs in ~/.cache/grpo_jax, so that a program started again compiles nothing.
+
+    Where JAX_COMPILATION_CACHE_DIR names another folder it is that one; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "grpo_jax"))
+    # Below JAX's second, because a start has many small programs; above what reading a file takes.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 class Clock:

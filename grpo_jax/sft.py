@@ -11,16 +11,14 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from grpo_jax import checkpoint, config, console, inputs, learner, mesh, packing
+from grpo_jax import checkpoint, config, console, inputs, learner, mesh
 from grpo_jax.config import SftConfig
 from grpo_jax.console import Progress
 from grpo_jax.group import Group
 from grpo_jax.inputs import Task
 from grpo_jax.learner import Objective
-from grpo_jax.packing import Pack
-from grpo_jax.run import Clock, Run, finish, memory, open_run
+from grpo_jax.run import Clock, Run, cache_compilations, finish, memory, open_run, pack, padding, report
 
 
 def sft(cfg: SftConfig) -> None:
@@ -37,16 +35,18 @@ def sft(cfg: SftConfig) -> None:
     tasks = inputs.load_tasks(cfg.data, policy, cfg.batch.max_tokens, cfg.run.seed, cfg.validation.limit, with_target=True)
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.batch.rows_per_step)
     objective = Objective("cross_entropy", dtype=inputs.compute_dtype(cfg.learner), remat=cfg.learner.remat, mesh=device_mesh)
+    without = [task for task in tasks.train if not {"reasoning", "response"} & task.example.extra.keys()]
     console.header(
         f"SFT: {cfg.model.path}",
         [
-            (
-                "data",
-                f"{len(tasks.train):,} training rows, {len(tasks.validation):,} for validation; dropped {dict(tasks.dropped)}",
-            ),
-            ("run", f"{steps:,} steps of {cfg.batch.rows_per_step} rows, in {cfg.run.dir}"),
+            ("data", tasks.summary()),
+            ("replies", f"{len(without):,} of {len(tasks.train):,} are calls without a thought before them"),
+            ("run", f"{steps:,} steps of {cfg.batch.rows_per_step:,} rows, in {cfg.run.dir}"),
+            ("devices", inputs.devices(device_mesh, cfg.learner, policy.model)),
         ],
     )
+    longest = max(len(task.prompt) + len(task.target) for task in tasks.train)
+    inputs.warn_of_context(policy, longest, "the longest prompt and reply")
     run = open_run(cfg, "grpo_jax.sft", policy, tasks, objective, steps, device_mesh)
     with Progress(steps, run.step) as show:
         if run.step == 0:
@@ -54,10 +54,11 @@ def sft(cfg: SftConfig) -> None:
         for step in range(run.step + 1, steps + 1):
             clock = Clock()
             batch = inputs.batch(tasks.train, cfg.batch.rows_per_step, cfg.run.seed, step)
+            show.phase("update")
             with clock.time("update"):
-                packs, tokens = pack(batch, cfg.learner.tokens_per_microbatch, device_mesh)
+                packed = pack(run, [group_of(task) for task in batch])
                 params, optimizer, sums = learner.update(
-                    policy.model, objective, run.optimizer, run.state["params"], run.state["optimizer"], packs
+                    policy.model, objective, run.optimizer, run.state["params"], run.state["optimizer"], packed.packs
                 )
                 run.state = {"params": params, "optimizer": optimizer}
                 sums = jax.device_get(sums)
@@ -65,12 +66,10 @@ def sft(cfg: SftConfig) -> None:
                 "step": step,
                 "epoch": step * len(batch) / len(tasks.train),
                 "loss": float(sums["loss"] / max(sums["count"], 1)),
-            }
-            row |= {
                 "grad_norm": float(sums["grad_norm"]),
-                "learner/tokens_per_second": tokens / clock.seconds["update"],
+                "learner/tokens_per_second": packed.tokens / clock.seconds["update"],
             }
-            row |= clock.metrics() | memory()
+            row |= clock.metrics() | padding([packed]) | memory()
             if step == steps or (cfg.validation.every and step % cfg.validation.every == 0):
                 row |= validate(run, tasks.validation, show)
             report(run, show, row)
@@ -84,33 +83,21 @@ def group_of(task: Task) -> Group:
     return Group(task.prompt, (task.target,), (np.zeros(len(task.target), np.float32),), (False,))
 
 
-def pack(batch: Sequence[Task], budget: int, device_mesh: Mesh) -> tuple[list[Pack], int]:
-    """The micro-batches on the devices, and their real tokens."""
-    packed = packing.pack([group_of(task) for task in batch], budget, mesh.shards(device_mesh))
-    return [packing.place(p, mesh.rows(device_mesh)) for p in packed.packs], packed.tokens
-
-
 def validate(run: Run, tasks: Sequence[Task], show: Progress) -> dict[str, float]:
     """Mean cross-entropy of the held-out targets, in nats a token."""
     if not tasks:
         return {}
     show.phase("validation")
-    packs, _ = pack(tasks, run.config.learner.tokens_per_microbatch, run.mesh)
     total = count = 0.0
-    for one in packs:
+    for one in pack(run, [group_of(task) for task in tasks]).packs:
         logp = learner.logprobs(run.policy.model, run.objective, run.state["params"], one)
         total -= float((logp * one.mask).sum())
         count += int(one.mask.sum())
     return {"val/loss": total / count}
 
 
-def report(run: Run, show: Progress, row: dict) -> None:
-    row["learning_rate"] = float(run.schedule(max(0, row["step"] - 1)))
-    run.log.step(row)
-    show.step(row)
-
-
 def main() -> None:
+    cache_compilations()
     sft(config.parse(SftConfig, "grpo_jax.sft", sys.argv[1:]))
 
 

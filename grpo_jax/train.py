@@ -24,16 +24,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from grpo_jax import checkpoint, config, console, inputs, learner, loss, mesh, metrics, packing, reward, rollout
+from grpo_jax import checkpoint, config, console, inputs, learner, loss, mesh, metrics, reward, rollout
 from grpo_jax.config import TrainConfig
 from grpo_jax.console import Progress
 from grpo_jax.group import Group
 from grpo_jax.inputs import Policy, Task, Tasks
 from grpo_jax.learner import Objective
-from grpo_jax.packing import Pack
+from grpo_jax.packing import Pack, Packed
 from grpo_jax.reward import Response, Reward, Scored
 from grpo_jax.rollout import Sampling, Usage
-from grpo_jax.run import Clock, Run, finish, memory, open_run
+from grpo_jax.run import Clock, Run, cache_compilations, finish, memory, open_run, pack, padding, report
 
 
 def train(cfg: TrainConfig) -> None:
@@ -59,9 +59,9 @@ def train(cfg: TrainConfig) -> None:
                 rewards = np.array([[s.value for s in row] for row in scored])
                 advantages = np.asarray(loss.group_advantages(rewards, normalize=cfg.loss.normalize))
                 groups = [replace(g, advantages=a) for g, a in zip(groups, advantages, strict=True)]
-            minibatch_packs = pack(run, groups)
+            packed = pack_minibatches(run, groups)
             with clock.time("reference"):
-                minibatch_packs = add_reference(run, minibatch_packs, show)
+                minibatch_packs = add_reference(run, [one.packs for one in packed], show)
             with clock.time("update"):
                 learned = learn(run, minibatch_packs, show)
             row = {
@@ -70,7 +70,7 @@ def train(cfg: TrainConfig) -> None:
                 **metrics.summarize(groups, scored),
                 **learned,
             }
-            row |= speeds(groups, usage, clock) | memory()
+            row |= speeds(groups, usage, clock) | padding(packed) | memory()
             if step == steps or (cfg.validation.every and step % cfg.validation.every == 0):
                 row |= validate(run, tasks.validation, sampling, score_group, show)
             run.log.rollouts(rollout_rows(step, batch, groups, texts, scored, policy))
@@ -126,23 +126,19 @@ def minibatches(cfg: TrainConfig) -> int:
 def introduce(cfg: TrainConfig, policy: Policy, tasks: Tasks, steps: int, device_mesh: Mesh) -> None:
     """Prints the arithmetic of the run."""
     n, g = cfg.rollout.prompts_per_step, cfg.rollout.group_size
-    rows = f"{len(tasks.train):,} training rows, {len(tasks.validation):,} for validation"
-    dropped = "".join(f"; dropped as {reason}: {count:,}" for reason, count in tasks.dropped.items())
     updates = f"{minibatches(cfg)} optimizer step(s) of {min(n, cfg.learner.prompts_per_minibatch):,} prompts"
-    device, kernel = (
-        f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        inputs.attention_kernel(cfg.learner, policy.model),
-    )
     console.header(
         f"GRPO: {cfg.model.path}",
         [
-            ("data", rows + dropped),
+            ("data", tasks.summary()),
             ("a step", f"{n:,} prompts x {g} = {n * g:,} responses; {updates}"),
             ("a micro-batch", f"{cfg.learner.tokens_per_microbatch:,} tokens a device at most, prompts counted once a group"),
             ("run", f"{steps:,} steps = {steps * n / len(tasks.train):.3g} epochs, in {cfg.run.dir}"),
-            ("devices", f"{device}, mesh {dict(device_mesh.shape)}, {inputs.compute_dtype(cfg.learner)}, attention {kernel}"),
+            ("devices", inputs.devices(device_mesh, cfg.learner, policy.model)),
         ],
     )
+    longest = max(len(task.prompt) for task in tasks.train) + cfg.rollout.max_response_tokens
+    inputs.warn_of_context(policy, longest, "the longest prompt and a response of --rollout.max_response_tokens")
 
 
 def respond(
@@ -170,23 +166,20 @@ def score(
     for task, group in zip(batch, groups, strict=True):
         ids = [r if cut else r[:-1] for r, cut in zip(group.responses, group.truncated, strict=True)]
         # Special tokens stay: where a tokenizer calls the format's tags special, they must not vanish from the text.
-        decoded = [policy.tokenizer.decode(r, skip_special_tokens=False) for r in ids]
+        # No cleaning: transformers 4 would, for Llama 3, take the space out of " ," and " .", inside arguments too.
+        decoded = [policy.tokenizer.decode(r, skip_special_tokens=False, clean_up_tokenization_spaces=False) for r in ids]
         responses = [Response(t, len(r), cut) for t, r, cut in zip(decoded, group.responses, group.truncated, strict=True)]
         texts.append(decoded)
         scored.append(score_group(responses, task.example))
     return texts, scored
 
 
-def pack(run: Run, groups: Sequence[Group]) -> list[list[Pack]]:
+def pack_minibatches(run: Run, groups: Sequence[Group]) -> list[Packed]:
     """The micro-batches of each mini-batch, on the devices."""
     if run.config.loss.skip_zero_variance:
         groups = [g for g in groups if np.any(g.advantages != 0)]
-    size, budget = run.config.learner.prompts_per_minibatch, run.config.learner.tokens_per_microbatch
-    kernel = inputs.attention_kernel(run.config.learner, run.policy.model)
-    packed = [
-        packing.pack(groups[i : i + size], budget, mesh.shards(run.mesh), kernel=kernel) for i in range(0, len(groups), size)
-    ]
-    return [[packing.place(p, mesh.rows(run.mesh)) for p in one.packs] for one in packed]
+    size = run.config.learner.prompts_per_minibatch
+    return [pack(run, groups[i : i + size]) for i in range(0, len(groups), size)]
 
 
 def add_reference(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -> list[list[Pack]]:
@@ -267,7 +260,7 @@ def rollout_rows(
             }
             for t, r, cut, s, a in zip(decoded, group.responses, group.truncated, scores, group.advantages, strict=True)
         ]
-        prompt = policy.tokenizer.decode(group.prompt, skip_special_tokens=False)
+        prompt = policy.tokenizer.decode(group.prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         rows.append(
             {
                 "step": step,
@@ -280,13 +273,8 @@ def rollout_rows(
     return rows
 
 
-def report(run: Run, show: Progress, row: dict[str, Any]) -> None:
-    row["learning_rate"] = float(run.schedule(max(0, row["step"] * minibatches(run.config) - 1)))
-    run.log.step(row)
-    show.step(row)
-
-
 def main() -> None:
+    cache_compilations()
     train(config.parse(TrainConfig, "grpo_jax.train", sys.argv[1:]))
 
 

@@ -16,7 +16,7 @@ import tyro
 
 from grpo_jax import checkpoint, console, inputs
 from grpo_jax.config import run_main
-from models import hf
+from models import decoder, hf
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,18 @@ class Args:
 
 def export(args: Args) -> None:
     """Raises ValueError or FileNotFoundError where there is no such run, or no whole checkpoint in it."""
-    single = args.source.parent.name == "checkpoints"
-    run = args.source.parent.parent if single else args.source
+    source = args.source.resolve()
+    single = source.parent.name == "checkpoints" and source.name.isdigit()
+    run = source.parent.parent if single else source
     config = run / "config.json"
-    if not config.exists():
-        raise FileNotFoundError(f"{args.source}: neither a run's folder nor one of its checkpoints (no {config})")
-    model_path = json.loads(config.read_text())["model"]["path"]
+    try:
+        model_path = json.loads(config.read_text())["model"]["path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{args.source}: neither a run's folder nor runs/.../checkpoints/STEP (no config of a run in {run})"
+        ) from None
     policy = inputs.load_policy(model_path)
-    params = checkpoint.read_params(run, int(args.source.name) if single else None)
+    params = checkpoint.read_params(run, decoder.shapes(policy.model), int(source.name) if single else None)
     hf.save(args.out, policy.model, params, policy.tokenizer, dtype=args.dtype)
     console.CONSOLE.print(str(args.out))
 

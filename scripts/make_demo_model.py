@@ -76,7 +76,7 @@ def load(folder: Path) -> tuple[Policy, Params]:
 def task(policy: Policy, example: Example, template: str, whole: bool) -> Task:
     """A row to imitate: its reply, or (`whole`) its prompt too, all of it but the first token."""
     ids = np.array(prompt.encode(example, policy.tokenizer, template), np.int32)
-    target = inputs.target_ids(example, policy.tokenizer)
+    target = inputs.target_ids(example, policy)
     return Task(example, ids[:1], np.concatenate([ids[1:], target])) if whole else Task(example, ids, target)
 
 

@@ -264,10 +264,18 @@ def test_a_quiet_console_says_nothing():
 def test_header_and_closing_table():
     plain = console.make_console(io.StringIO())
     console.header("demo", [("a step", "8 prompts x 5 responses " * 9), ("data", "rows \ud800")], plain)
-    before = {"step": 0, "val/accuracy": 0.1, "val/reason/no_format": 0.9, "val/reason/correct": 0.1}
-    after = {"step": 9, "val/reason/correct": 0.75, "val/reason/mine": 0.25, "val/accuracy": 0.75}
+    before = {"step": 0, "val/accuracy": 0.1, "val/reason/no_format": 0.9, "val/reason/correct": 0.1, "val/reason/unseen": 0.0}
+    after = {
+        "step": 9,
+        "reason/bad_json": 0.5,
+        "val/reason/unseen": 0.0,
+        "val/reason/correct": 0.75,
+        "val/reason/mine": 0.25,
+        "val/accuracy": 0.75,
+    }
     console.closing(before, after, [("model", "/runs/" + "x" * 100)], plain)
     console.closing({}, {"val/accuracy": 0.5}, [], plain)
+    console.closing({"val/loss": 1.25}, {"val/loss": 1.0, "loss": 3.0}, [], plain)
     assert plain.file.getvalue().splitlines() == [
         "demo",
         "  a step  " + "8 prompts x 5 responses " * 9,
@@ -284,6 +292,10 @@ def test_header_and_closing_table():
         "",
         "validation    before   after  difference",
         "accuracy           -   50.0%           -",
+        "",
+        "",
+        "validation    before   after  difference",
+        "loss          1.2500  1.0000     -0.2500",
         "",
     ]
 

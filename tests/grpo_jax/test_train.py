@@ -1,5 +1,6 @@
 """The program as people run it: a run that is killed and started again, damaged checkpoints, bad input, the export."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -12,9 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grpo_jax import config, metrics, train
+from data.example import make
+from grpo_jax import config, inputs, metrics, reward, train
 from grpo_jax.config import TrainConfig
+from grpo_jax.group import Group
+from grpo_jax.inputs import Task
 from models import hf
+from scripts import export_hf
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
@@ -179,8 +184,35 @@ def test_a_checkpoint_exports_as_the_run_does(environment, unbroken, tmp_path):
     older = run([*script, str(unbroken / "checkpoints" / "4"), str(tmp_path / "older")], environment)
     assert older.returncode == 0, older.stderr
     assert (tmp_path / "older" / "model.safetensors").read_bytes() != (unbroken / "hf" / "model.safetensors").read_bytes()
+    for wrong in (
+        tmp_path / "none",
+        unbroken / "checkpoints",
+        unbroken / "checkpoints" / "damaged-6",
+        ROOT / "models" / "demo",
+    ):
+        with pytest.raises(ValueError, match="neither a run's folder nor"):
+            export_hf.export(export_hf.Args(wrong, tmp_path / "out"))
     missing = run([*script, str(tmp_path / "none"), str(tmp_path / "out")], environment)
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1
+
+
+def test_a_checkpoint_may_be_named_from_beside_it(unbroken, tmp_path, monkeypatch):
+    monkeypatch.chdir(unbroken / "checkpoints")
+    export_hf.export(export_hf.Args(Path("6"), tmp_path / "out", "float32"))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (unbroken / "hf" / "model.safetensors").read_bytes()
+
+
+def test_a_run_at_work_is_left_alone_and_one_without_checkpoints_begins_anew(tiny_model, environment, unbroken, tmp_path):
+    folder = shutil.copytree(unbroken, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    before = (folder / "metrics.jsonl").read_bytes()
+    with (folder / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = run(command(tiny_model, folder), environment)
+        assert second.returncode == 2 and "another process is at work" in second.stderr
+        assert (folder / "metrics.jsonl").read_bytes() == before
+    again = run(command(tiny_model, folder), environment)
+    assert again.returncode == 0 and "no checkpoint to resume from; the run begins anew" in again.stdout
+    assert_same(folder, unbroken)
 
 
 def test_an_identity_field_refuses_and_an_operational_one_is_noted(tiny_model, environment, unbroken, tmp_path):
@@ -235,6 +267,11 @@ def refused(capsys, *arguments: str) -> str:
         (["tool-n1-7b"], "--data.path is missing"),
         (["--model.path", "no/such/folder"], "no such folder"),
         (["--mesh.tensor", "3"], "make the product fit"),
+        (["--checkpoint.every", "0"], "--checkpoint.every 0: give a number from 1 on"),
+        (["--rollout.group_size", "0"], "--rollout.group_size 0: give a number from 1 on"),
+        (["--optimizer.learning_rate", "nan"], "--optimizer.learning_rate nan: give a number from 0 on"),
+        (["--run.steps", "2", "tool-n1-7b"], "a preset like 'tool-n1-7b' comes first"),
+        (["--data.template", "nowhere.txt"], "nowhere.txt: no such template file"),
     ],
 )
 def test_bad_options(arguments, says, capsys, tmp_path, monkeypatch):
@@ -268,3 +305,83 @@ def test_a_folder_that_is_no_run_is_left_alone(tiny_model, capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"program": "grpo_jax.sft"}')
     assert "choose another --run.dir" in refused(capsys, "--model.path", tiny_model, "--run.dir", str(tmp_path))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def raises(error: BaseException):
+    def program():
+        raise error
+
+    return program
+
+
+def test_a_bug_shows_where_it_is_and_a_mistake_does_not(capsys):
+    with pytest.raises(ValueError, match="of a user's own reward"):  # raised here: in no file of the program
+        config.run_main(raises(ValueError("of a user's own reward")))
+    with pytest.raises(ValueError, match="invalid literal"):
+        config.run_main(lambda: json.loads("1", parse_int=lambda digits: int("x")))
+    assert capsys.readouterr().err == ""
+    for error, code, says in (
+        (PermissionError(13, "Permission denied", "runs/mine"), 2, "error: [Errno 13] Permission denied: 'runs/mine'\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            config.run_main(raises(error))
+        assert stop.value.code == code and capsys.readouterr().err == says
+
+
+# What a step does, in this process
+
+
+def small(model: str, folder: Path, **options) -> TrainConfig:
+    options = {**SMALL, "run.steps": 2, "validation.limit": 0, "model.path": model, "run.dir": str(folder), **options}
+    flags = [word for name, on in options.items() if isinstance(on, bool) for word in ([f"--{name}"] if on else [])]
+    valued = {name: value for name, value in options.items() if not isinstance(value, bool)}
+    return config.parse(TrainConfig, "grpo_jax.train", [*words(valued), *flags])
+
+
+def end_of(cfg: TrainConfig) -> tuple[list[dict], np.ndarray]:
+    train.train(cfg)
+    _, params = hf.load(Path(cfg.run.dir) / "hf")
+    return rows(Path(cfg.run.dir)), np.asarray(params["layers"]["attention"]["q"], np.float64)
+
+
+def test_old_log_probs_recomputed_are_those_of_the_sampler(tiny_model, tmp_path):
+    """In loss and gradient of one optimizer step; Adam's step in float32 would amplify their rounding."""
+    one = {"run.steps": 1, "learner.prompts_per_minibatch": 3}
+    sampled, _ = end_of(small(tiny_model, tmp_path / "a", **one))
+    computed, _ = end_of(small(tiny_model, tmp_path / "b", **one, **{"learner.recompute_old_logp": True}))
+    for name in ("reward/mean", "clip_fraction"):
+        assert computed[1][name] == sampled[1][name]
+    for name in ("loss", "grad_norm"):
+        assert computed[1][name] == pytest.approx(sampled[1][name], rel=1e-5, abs=1e-6)
+    assert sampled[1]["grad_norm"] > 1e-2
+
+
+def test_groups_of_equal_rewards_are_left_out_and_take_no_optimizer_step(tiny_model, tmp_path):
+    options = {"loss.skip_zero_variance": True, "reward.kind": "format", "optimizer.schedule": "cosine"}
+    found, after = end_of(small(tiny_model, tmp_path / "a", **options))
+    _, params = hf.load(tiny_model)
+    np.testing.assert_array_equal(after, np.asarray(params["layers"]["attention"]["q"]).astype(after.dtype))
+    assert [row.get("groups/zero_variance") for row in found] == [None, 1, 1]
+    assert [row["learning_rate"] for row in found] == [pytest.approx(1e-3)] * 3 and "grad_norm" not in found[-1]
+
+
+def test_each_pass_takes_its_optimizer_steps(tiny_model, tmp_path):
+    once, _ = end_of(small(tiny_model, tmp_path / "a", **{"run.steps": 1, "optimizer.schedule": "cosine"}))
+    twice, _ = end_of(
+        small(tiny_model, tmp_path / "b", **{"run.steps": 1, "optimizer.schedule": "cosine", "learner.passes": 2})
+    )
+    assert once[1]["learning_rate"] == pytest.approx(1e-3 * (1 + np.cos(np.pi * 1 / 2)) / 2)  # the second step of two
+    assert twice[1]["learning_rate"] == pytest.approx(1e-3 * (1 + np.cos(np.pi * 3 / 4)) / 2)  # the fourth of four
+    assert twice[1]["clip_fraction"] >= once[1]["clip_fraction"]
+
+
+def test_responses_are_judged_as_they_were_sampled(tiny_model):
+    policy = inputs.load_policy(tiny_model)
+    policy.tokenizer.clean_up_tokenization_spaces = True  # as Llama 3's says, and transformers 4 then does
+    text = '<think>it does n\'t , say .</think><tool_call>[{"name": "f", "arguments": {"a": "yes , no ?"}}]</tool_call>'
+    ids = np.array([*policy.tokenizer(text, add_special_tokens=False)["input_ids"], policy.end_tokens[0]], np.int32)
+    group = Group(ids[:1], (ids, ids[:-1]), (np.zeros(len(ids)), np.zeros(len(ids) - 1)), (False, True))
+    task = Task(make([], [], [{"name": "f", "arguments": {"a": "yes , no ?"}}], "test"), ids[:1])
+    texts, scored = train.score(policy, [task], [group], reward.resolve("binary"))
+    assert texts == [[text, text]] and [s.value for s in scored[0]] == [1.0, 1.0]

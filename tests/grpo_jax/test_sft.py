@@ -1,0 +1,97 @@
+"""Supervised training: its loss against the plain model, and a run that is stopped, continued, and refused other rows."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data import demo
+from grpo_jax import config, inputs, metrics, sft
+from grpo_jax.config import SftConfig
+from models import decoder, hf
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    examples = [(e.messages[0]["content"], e.tools, e.answer, e.extra["reasoning"]) for e in demo.tasks(24, 0, held_out=False)]
+    names = ("query", "tools", "answers", "reasoning")
+    path.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in examples))
+    return path
+
+
+def settings(model, rows, folder, steps) -> SftConfig:
+    return SftConfig(
+        run=config.Run(dir=str(folder), steps=steps, tensorboard=False),
+        model=config.Model(path=model),
+        data=config.Data(path=str(rows), template=str(demo.TEMPLATE)),
+        batch=config.Batch(rows_per_step=4, max_tokens=400),
+        optimizer=config.Optimizer(learning_rate=1e-2),
+        learner=config.Learner(tokens_per_microbatch=1024, remat=False),
+        checkpoint=config.Checkpoint(every=2),
+        validation=config.Validation(every=2, limit=3),
+        export=config.Export(dtype="float32"),
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_model, rows, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    sft.sft(settings(tiny_model, rows, folder, 4))
+    return folder
+
+
+def untimed(folder):
+    timed = ("time/", "memory/", "learner/tokens_per_second")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in metrics.read(folder / "metrics.jsonl")]
+
+
+def test_the_loss_is_the_cross_entropy_of_the_targets_and_falls(tiny_model, rows, unbroken):
+    policy = inputs.load_policy(tiny_model)
+    cfg = settings(tiny_model, rows, unbroken, 4)
+    tasks = inputs.load_tasks(cfg.data, policy, 400, 0, 3, with_target=True)
+    total = count = 0
+    for task in tasks.validation:
+        whole = np.concatenate([task.prompt, task.target])[None]
+        logits = decoder.logits(policy.model, hf.load(tiny_model)[1], jnp.asarray(whole), jnp.array([whole.size]))
+        logp = np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32)))[0, len(task.prompt) - 1 : -1]
+        total -= logp[np.arange(len(task.target)), task.target].sum()
+        count += len(task.target)
+    found = untimed(unbroken)
+    assert found[0]["val/loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found[-1]["val/loss"] < found[0]["val/loss"] - 0.5
+    assert [row["step"] for row in found] == [0, 1, 2, 3, 4] and ["val/loss" in row for row in found] == [1, 0, 1, 0, 1]
+    assert all(row["learning_rate"] == pytest.approx(1e-2) for row in found)
+
+
+def test_a_run_that_is_continued_ends_like_one_that_was_not_stopped(tiny_model, rows, unbroken, tmp_path, capsys):
+    sft.sft(settings(tiny_model, rows, tmp_path / "run", 2))
+    sft.sft(settings(tiny_model, rows, tmp_path / "run", 4))
+    assert untimed(tmp_path / "run") == untimed(unbroken)
+    for file in ("hf/model.safetensors", "curves.png"):
+        assert (tmp_path / "run" / file).exists()
+    weights = [(folder / "hf" / "model.safetensors").read_bytes() for folder in (tmp_path / "run", unbroken)]
+    assert weights[0] == weights[1]
+    shown = capsys.readouterr().out
+    assert "0 of 22 are calls without a thought" in shown and "resuming" in shown and "run.steps: 2 -> 4" in shown
+    before, after = untimed(unbroken)[0]["val/loss"], untimed(unbroken)[-1]["val/loss"]
+    assert f"loss {before:15.4f}{after:8.4f}{after - before:+12.4f}" in shown
+
+
+def test_other_replies_to_the_same_tasks_are_other_data(tiny_model, rows, unbroken, tmp_path):
+    other = tmp_path / "rows.jsonl"
+    other.write_text(rows.read_text())
+    cfg = settings(tiny_model, other, tmp_path / "run", 2)
+    sft.sft(cfg)
+    other.write_text(rows.read_text().replace('"reasoning": "', '"reasoning": "So: '))
+    with pytest.raises(ValueError, match="the run began with another data"):
+        sft.sft(replace(cfg, run=replace(cfg.run, steps=4)))
+
+
+def test_a_row_longer_than_a_microbatch_is_refused_before_anything_is_read(tmp_path):
+    cfg = settings("no/such/model", "no/such/rows", tmp_path / "run", 2)
+    with pytest.raises(ValueError, match="--learner.tokens_per_microbatch 100 is less than --batch.max_tokens 400"):
+        sft.sft(replace(cfg, learner=replace(cfg.learner, tokens_per_microbatch=100)))
