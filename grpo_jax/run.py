@@ -119,9 +119,8 @@ def report(run: Run, show: console.Progress, row: dict[str, Any]) -> None:
 
 
 def finish(run: Run) -> None:
-    """Waits for the last checkpoint, writes the Hugging Face folder, draws the curves, and says what came of it."""
+    """Writes the Hugging Face folder, draws the curves, and says what came of it."""
     folder = Path(run.config.run.dir)
-    run.checkpoints.close()
     run.log.close()
     params = jax.device_get(run.state["params"])
     hf.save(folder / "hf", run.policy.model, params, run.policy.tokenizer, dtype=run.config.export.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 
 import jax
 import numpy as np
@@ -48,7 +49,7 @@ def sft(cfg: SftConfig) -> None:
     longest = max(len(task.prompt) + len(task.target) for task in tasks.train)
     inputs.warn_of_context(policy, longest, "the longest prompt and reply")
     run = open_run(cfg, "grpo_jax.sft", policy, tasks, objective, steps, device_mesh)
-    with Progress(steps, run.step) as show:
+    with closing(run.checkpoints), Progress(steps, run.step) as show:  # an interrupted run too waits for its last save
         if run.step == 0:
             report(run, show, {"step": 0, **validate(run, tasks.validation, show)})
         for step in range(run.step + 1, steps + 1):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -46,7 +47,7 @@ def train(cfg: TrainConfig) -> None:
     sampling = sampling_of(cfg.rollout, policy)
     introduce(cfg, policy, tasks, steps, device_mesh)
     run = open_run(cfg, "grpo_jax.train", policy, tasks, objective_of(cfg, device_mesh), steps * minibatches(cfg), device_mesh)
-    with Progress(steps, run.step) as show:
+    with closing(run.checkpoints), Progress(steps, run.step) as show:  # an interrupted run too waits for its last save
         if run.step == 0:
             report(run, show, {"step": 0, **validate(run, tasks.validation, sampling, score_group, show)})
         for step in range(run.step + 1, steps + 1):

@@ -376,6 +376,30 @@ def test_each_pass_takes_its_optimizer_steps(tiny_model, tmp_path):
     assert twice[1]["clip_fraction"] >= once[1]["clip_fraction"]
 
 
+def test_an_interrupted_run_waits_for_its_last_save(tiny_model, tmp_path, monkeypatch):
+    steps = iter(range(2))
+    learn = train.learn
+
+    def interrupted(*arguments):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return learn(*arguments)
+
+    monkeypatch.setattr(train, "learn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(small(tiny_model, tmp_path / "run", **{"run.steps": 3, "checkpoint.every": 1}))
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_another_dtype_by_another_device_is_noted(tiny_model, tmp_path, monkeypatch, capsys):
+    cfg = small(tiny_model, tmp_path / "run", **{"run.steps": 1})
+    train.train(cfg)
+    capsys.readouterr()
+    monkeypatch.setattr(inputs, "compute_dtype", lambda _: "bfloat16")  # as `auto` is on an accelerator
+    train.train(cfg)
+    assert "changed  dtype: float32 -> bfloat16\n" in capsys.readouterr().out
+
+
 def test_responses_are_judged_as_they_were_sampled(tiny_model):
     policy = inputs.load_policy(tiny_model)
     policy.tokenizer.clean_up_tokenization_spaces = True  # as Llama 3's says, and transformers 4 then does
