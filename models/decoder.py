@@ -470,20 +470,53 @@ def token_logprobs(
 ) -> tuple[Array, Array]:
     """Log-probs and entropies of logits / temperature: x [M, D], targets [M] -> (logp [M], entropy [M]), nats.
 
-    The head runs over `chunk` tokens at a time and again in the backward pass, so that no [M, V] array ever exists.
+    The head runs over `chunk` tokens at a time at most, and again in the backward pass, so that no [M, V] array ever exists.
     """
     m = x.shape[0]
-    chunk = min(chunk, m)
-    padding = -m % chunk
-    x = jnp.pad(x, ((0, padding), (0, 0))).reshape(-1, chunk, x.shape[-1])
-    targets = jnp.pad(targets, (0, padding)).reshape(-1, chunk)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def some(x, targets):
-        scores = unembed(params, x) / temperature
-        log_z = jax.nn.logsumexp(scores, -1)
-        picked = jnp.take_along_axis(scores, targets[:, None], -1)[:, 0]
-        return picked - log_z, log_z - (jnp.exp(scores - log_z[:, None]) * scores).sum(-1)
-
-    logp, entropy = jax.lax.map(lambda xs: some(*xs), (x, targets))
+    chunks = -(-m // chunk)
+    padding = -m % chunks
+    x = jnp.pad(x, ((0, padding), (0, 0))).reshape(chunks, -1, x.shape[-1])
+    targets = jnp.pad(targets, (0, padding)).reshape(chunks, -1)
+    weights = head(params)
+    logp, entropy = jax.lax.map(lambda xs: _logp_and_entropy(temperature, xs[0], weights, xs[1]), (x, targets))
     return logp.reshape(-1)[:m], entropy.reshape(-1)[:m]
+
+
+def _scores(temperature: float, x: Array, weights: Array) -> Array:
+    return jnp.einsum("md,vd->mv", x, weights, preferred_element_type=wide(x.dtype)) / temperature
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logp_and_entropy(temperature: float, x: Array, weights: Array, targets: Array) -> tuple[Array, Array]:
+    """x [M, D], weights [V, D], targets [M] -> (logp [M], entropy [M]); keeps nothing of size V for the backward pass."""
+    return _logp_and_entropy_forward(temperature, x, weights, targets)[0]
+
+
+def _logp_and_entropy_forward(temperature, x, weights, targets):
+    scores = _scores(temperature, x, weights)
+    m, v = scores.shape
+    largest = scores.max(-1)
+    # Both sums in one pass over the scores, which is what this costs; in blocks, so that float32 sums stay exact.
+    block = min(v & -v, 256)
+    terms = jnp.exp(scores - largest[:, None]).reshape(m, -1, block)
+    add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
+    zero = jnp.zeros((), scores.dtype)
+    parts = jax.lax.reduce((terms, terms * scores.reshape(terms.shape)), (zero, zero), add, (2,))
+    total, weighted = (part.sum(-1) for part in parts)
+    log_total = largest + jnp.log(total)
+    logp = jnp.take_along_axis(scores, targets[:, None], -1)[:, 0] - log_total
+    entropy = log_total - weighted / total
+    return (logp, entropy), (x, weights, targets, log_total, entropy)
+
+
+def _logp_and_entropy_backward(temperature, saved, gradients):
+    x, weights, targets, log_total, entropy = saved
+    dlogp, dentropy = (g[:, None] for g in gradients)
+    logp = _scores(temperature, x, weights) - log_total[:, None]
+    is_target = jnp.arange(len(weights)) == targets[:, None]
+    dscores = jnp.where(is_target, dlogp, 0) - jnp.exp(logp) * (dlogp + dentropy * (logp + entropy[:, None]))
+    dscores = (dscores / temperature).astype(x.dtype)
+    return dscores @ weights, dscores.T @ x, None
+
+
+_logp_and_entropy.defvjp(_logp_and_entropy_forward, _logp_and_entropy_backward)
