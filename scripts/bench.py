@@ -9,7 +9,8 @@ python scripts/bench.py rollout step --model DIR --against copied transformers t
 
 Prompts are random tokens, and responses have exactly the wanted length: the end of turn is off. In every round each
 contender does the work once, in turn, and the ceilings (a matrix product, a copy) are measured too, so that a noisy machine
-hits all alike; the first round warms up and compiles. Speeds are medians over the others.
+hits all alike. The first round warms up; what it took longer is reported as compilation, of what no section before it has
+compiled. Speeds are medians over the other rounds.
 
 MFU is useful FLOPs (grpo_jax.flops.useful: no padding, copies or recomputation) per second over the matrix product's, so
 it compares contenders that launch different amounts of work. `--against copied` is this program itself with groups of one
@@ -53,6 +54,7 @@ from scripts import peers
 from scripts.timing import Ceilings, Contender, launched, time_round
 
 Section = Literal["rollout", "update", "logprob", "attention", "step"]
+PEER_SECTIONS: dict[str, Section] = {"transformers": "rollout", "trl": "step"}
 
 
 @dataclass(frozen=True)
@@ -118,20 +120,14 @@ def prepare(args: Args) -> Bench:
     """The model and the groups. Raises ValueError or FileNotFoundError for what a user can mend."""
     if not args.sections:
         raise ValueError("name at least one section: rollout, update, logprob, attention or step")
-    for name in ("repeats", "prompts", "group_size", "prompt_tokens", "response_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("layers", "prompts", "group_size", "prompt_tokens", "response_tokens", "repeats"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
     if args.drawn and {"rollout", "step"} & set(args.sections):
         raise ValueError("--drawn: the sampler makes responses of one length only; take it with update, logprob or attention")
-    if others := [name for name in args.against if name != "copied"]:
-        for name in others:
-            peers.require(name)
-        if args.model in decoder.SIZES or args.layers is not None or jax.default_backend() != "cpu":
-            raise ValueError(
-                f"--against {' '.join(others)}: needs --model with a Hugging Face folder, whole, and runs on CPU only"
-            )
-        if wrong := [n for n in args.peer_rows if n < 1 or args.prompts * args.group_size % n]:
-            raise ValueError(f"--peer_rows {wrong[0]}: does not divide the {args.prompts * args.group_size} responses")
+    for name, section in PEER_SECTIONS.items():
+        if name in args.against:
+            require_peer(args, name, section)
     device_mesh = mesh.make(config.Mesh())
     model, params = load(args, device_mesh)
     dtype = {"auto": "float32" if jax.default_backend() == "cpu" else "bfloat16"}.get(args.dtype, args.dtype)
@@ -139,16 +135,36 @@ def prepare(args: Args) -> Bench:
     return Bench(args, model, device_mesh, objective, make_groups(args, model), {"params": params})
 
 
+def require_peer(args: Args, name: str, section: Section) -> None:
+    """Raises ValueError where another program cannot be timed beside ours."""
+    peers.require(name)
+    responses = args.prompts * args.group_size
+    if section not in args.sections:
+        raise ValueError(f"--against {name}: is timed in the section {section}; name it")
+    if args.model in decoder.SIZES or args.layers is not None or jax.default_backend() != "cpu":
+        raise ValueError(f"--against {name}: needs a Hugging Face folder as --model, with all its layers, and a CPU")
+    if args.drawn or args.dtype == "bfloat16":
+        raise ValueError(f"--against {name}: takes one length of prompts and responses, and float32")
+    for rows in args.peer_rows:
+        if rows < 1 or responses % rows:
+            raise ValueError(f"--peer_rows {rows}: does not divide the {responses} responses")
+
+
 def load(args: Args, device_mesh: Mesh) -> tuple[DecoderConfig, Params]:
-    cut = lambda model: replace(model, layers=min(args.layers or model.layers, model.layers))  # noqa: E731
+    cut = lambda model: replace(model, layers=min(args.layers or math.inf, model.layers))  # noqa: E731
     if args.model in decoder.SIZES:
         model = cut(decoder.SIZES[args.model])
         init = jax.jit(lambda key: decoder.init(model, key), out_shardings=mesh.shardings(device_mesh, model))
         return model, init(jax.random.key(0))
     if not Path(args.model).is_dir():
         raise FileNotFoundError(f"--model {args.model}: no such folder, and not one of {', '.join(decoder.SIZES)}")
-    model, params = hf.load(args.model, shardings=mesh.shardings(device_mesh, hf.load_config(args.model)), dtype=jnp.float32)
-    return cut(model), params | {"layers": jax.tree.map(lambda x: x[: cut(model).layers], params["layers"])}
+    shardings = mesh.shardings(device_mesh, hf.load_config(args.model))
+    model, params = hf.load(args.model, shardings=shardings, dtype=jnp.float32)
+    if args.layers:
+        model = cut(model)
+        params["layers"] = jax.tree.map(lambda x: x[: model.layers], params["layers"])
+        params = jax.device_put(params, mesh.shardings(device_mesh, model))
+    return model, params
 
 
 def make_groups(args: Args, model: DecoderConfig) -> list[Group]:
@@ -182,19 +198,21 @@ def copies(groups: Sequence[Group]) -> list[Group]:
     ]
 
 
-def sample(bench: Bench, groups: Sequence[Group], response_tokens: int, seed: int) -> tuple[list[Group], dict[str, float]]:
-    """Samples responses to the prompts of the groups, of exactly `response_tokens`. The one place where lengths are imposed."""
-    args, size = bench.args, len(groups[0].responses)
+def sample(bench: Bench, groups: Sequence[Group], seed: int, most: int | None = None) -> tuple[list[Group], dict[str, float]]:
+    """Samples responses as long as those of the groups, or at most `most` tokens; with the advantages of the groups."""
+    args, model = bench.args, bench.model
+    wanted = [[min(len(r), most or len(r)) for r in g.responses] for g in groups]
     sampling = Sampling(
-        (), size, response_tokens, args.temperature, decode_steps_per_call=args.decode_steps_per_call, rows=args.rows
-    )
-    params = learner.cast(bench.state["params"], bench.objective.dtype)
+        (), len(wanted[0]), max(map(max, wanted)), args.temperature,
+        decode_steps_per_call=args.decode_steps_per_call, rows=args.rows,
+    )  # fmt: skip
+    # The one place that imposes lengths: nothing ends a turn, so every response runs to the limit.
     made, usage = rollout.sample(
-        bench.model, params, [g.prompt for g in groups], sampling, seed=seed, mesh=bench.mesh, row_axes=mesh.ROW_AXES
-    )
-    wrong = {len(r) for g in made for r in g.responses} - {response_tokens}
-    if wrong:
-        raise RuntimeError(f"responses of {sorted(wrong)} tokens, not {response_tokens}")
+        model, learner.cast(bench.state["params"], bench.objective.dtype), [g.prompt for g in groups], sampling,
+        seed=seed, mesh=bench.mesh, row_axes=mesh.ROW_AXES,
+    )  # fmt: skip
+    if [[len(r) for r in g.responses] for g in made] != wanted:
+        raise RuntimeError("the sampler did not make responses of the wanted lengths")
     advised = [replace(g, advantages=given.advantages) for g, given in zip(made, groups, strict=True)]
     return advised, {"slot_utilization": usage.tokens / usage.row_steps, "response_tokens": usage.tokens}
 
@@ -230,14 +248,12 @@ def attention_cells(bench: Bench, packs: Sequence[Pack]) -> int:
 
 
 def rollout_contenders(bench: Bench, name: str, groups: Sequence[Group]) -> list[Contender]:
-    r, seeds = bench.args.response_tokens, itertools.count()
-    run = lambda tokens: sample(bench, groups, tokens, next(seeds))[1]  # noqa: E731
-    whole = Contender(name, lambda: run(r))
-    if r == 1:
+    seeds = itertools.count()
+    whole = Contender(name, lambda: sample(bench, groups, next(seeds))[1])
+    if max(len(r) for g in groups for r in g.responses) == 1:
         return [whole]
-    size = jnp.dtype(bench.objective.dtype).itemsize
-    whole.facts["bytes"] = decode_bytes(bench.model, groups, size)
-    return [whole, Contender(name, lambda: run(1), part="first_token")]
+    whole.facts["bytes"] = decode_bytes(bench.model, groups, jnp.dtype(bench.objective.dtype).itemsize)
+    return [whole, Contender(name, lambda: sample(bench, groups, next(seeds), most=1)[1], part="first_token")]
 
 
 def decode_bytes(model: DecoderConfig, groups: Sequence[Group], size: int) -> int:
@@ -320,7 +336,7 @@ def step_contenders(bench: Bench, name: str, groups: Sequence[Group]) -> list[Co
     def run() -> dict[str, float]:
         clock = Clock()
         with clock.time("rollout"):
-            made, used = sample(bench, groups, bench.args.response_tokens, next(seeds))
+            made, used = sample(bench, groups, next(seeds))
         with clock.time("pack"):
             packed = packing.pack(made, bench.args.tokens_per_microbatch, mesh.shards(bench.mesh)).packs
             packs = [packing.place(p, mesh.rows(bench.mesh)) for p in packed]

@@ -46,7 +46,7 @@ def require(name: str) -> None:
     """Raises ValueError where a package that the peer needs is not installed."""
     missing = [package for package in PACKAGES[name] if importlib.util.find_spec(package) is None]
     if missing:
-        raise ValueError(f"--against {name}: {', '.join(missing)} is not installed; pip install {' '.join(missing)}")
+        raise ValueError(f"--against {name}: {', '.join(missing)} is not installed; pip install -e '.[trl]' has all it needs")
 
 
 def generate(work: Work, row_counts: Sequence[int]) -> Peer:

@@ -146,8 +146,11 @@ def test_the_model_cut_and_the_wrong_command_lines(tiny_model, monkeypatch):
         (Args(("update",), prompts=0), "--prompts 0"),
         (Args(("step",), drawn=True), "--drawn"),
         (Args(("update",), model="nowhere"), "no such folder"),
+        (Args(("update",), layers=0), "--layers 0"),
+        (Args(("update",), model=tiny_model, against=("trl",)), "section step"),
         (Args(("step",), against=("trl",)), "Hugging Face folder"),
-        (Args(("step",), model=tiny_model, against=("transformers",), peer_rows=(7,)), "--peer_rows 7"),
+        (Args(("rollout",), model=tiny_model, against=("transformers",), dtype="bfloat16"), "float32"),
+        (Args(("rollout",), model=tiny_model, against=("transformers",), peer_rows=(7,)), "--peer_rows 7"),
     ]:
         monkeypatch.setattr(peers, "require", lambda name: None)
         with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
@@ -157,7 +160,7 @@ def test_the_model_cut_and_the_wrong_command_lines(tiny_model, monkeypatch):
 def test_a_peer_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "trl" else object())
     peers.require("transformers")
-    with pytest.raises(ValueError, match="trl is not installed; pip install trl"):
+    with pytest.raises(ValueError, match="trl: trl is not installed; pip install -e"):
         peers.require("trl")
 
 
