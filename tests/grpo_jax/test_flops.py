@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from grpo_jax import flops, learner, packing
 from grpo_jax.group import Group
@@ -87,8 +87,8 @@ def test_calls_branches_and_loops():
 def test_shard_map_counts_once_a_device():
     rows, whole = PartitionSpec("a"), PartitionSpec()
     over = partial(jax.shard_map, lambda x, w: x @ w, in_specs=(rows, whole), out_specs=rows)
-    assert counted(over(mesh=AbstractMesh((4,), ("a",))), X, W) == PRODUCT
-    both = AbstractMesh((4, 2), ("a", "b"))
+    assert counted(over(mesh=AbstractMesh((4,), ("a",), axis_types=(AxisType.Auto,))), X, W) == PRODUCT
+    both = AbstractMesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     assert counted(over(mesh=both), X, W) == 2 * PRODUCT  # every row is computed twice, once along b
     assert counted(jax.jit(over(mesh=both, axis_names={"a"})), X, W) == PRODUCT
 
