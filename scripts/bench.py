@@ -529,4 +529,4 @@ def bench(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_main(lambda: bench(tyro.cli(Args, args=sys.argv[1:], description=__doc__, use_underscores=True)) and None)
+    run_main(lambda: bench(tyro.cli(Args, args=sys.argv[1:], description=__doc__, use_underscores=True)))

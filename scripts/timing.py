@@ -105,7 +105,7 @@ def launched(calls: Sequence[tuple[Any, tuple]]) -> int:
 
 
 def peak_memory() -> dict[str, float]:
-    """GB: on Linux the process's peak since the last call (whatever else it holds included), elsewhere since its start."""
+    """GB. Of the process on Linux since the last call, whatever else it holds included, elsewhere, and of a device, since start."""
     peak = memory()
     with contextlib.suppress(OSError):
         high = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
