@@ -105,12 +105,13 @@ def launched(calls: Sequence[tuple[Any, tuple]]) -> int:
 
 
 def peak_memory() -> dict[str, float]:
-    """GB. Of the process on Linux since the last call, whatever else it holds included, elsewhere, and of a device, since start."""
+    """GB: of the process since the last call where Linux tells, else since its start; of a device since its start."""
     peak = memory()
     with contextlib.suppress(OSError):
-        high = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-        Path("/proc/self/clear_refs").write_text("5")
-        peak["memory/host_gb"] = int(high[0].split()[1]) * 1024 / 1e9
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                peak["memory/host_gb"] = int(line.split()[1]) * 1024 / 1e9
+        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is held now
     return {name.removeprefix("memory/"): value for name, value in peak.items()}
 
 
