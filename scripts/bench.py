@@ -94,7 +94,8 @@ class Args:
     against: tuple[Literal["copied", "transformers", "trl"], ...] = ()
     """Others to time beside: copied in every section but attention, transformers in rollout, trl in step."""
     peer_rows: tuple[int, ...] = ()
-    """Rows that transformers and trl compute at once: each is tried, the fastest kept. Left out: one group, and all."""
+    """Rows that transformers and trl compute at once: each is tried, the fastest kept. Left out: one group, and all; trl
+    keeps the activations of all of them, so give it fewer where memory is short."""
     json: bool = False
     """Print the results as one JSON object, the last line."""
     out: Path | None = None
@@ -390,9 +391,8 @@ def time_section(bench: Bench, section: Section, ceilings: Ceilings, progress: P
         for _ in range(rounds):
             one_round()
         return contenders
-    seconds, tokens = trl.run(rounds, one_round)
-    facts = {"setting": trl.setting, "response_tokens": tokens}
-    return [*contenders, Contender("trl", dict, facts=facts, seconds=seconds)]
+    seconds, facts = trl.run(rounds, one_round)
+    return [*contenders, Contender("trl", dict, facts={"setting": trl.setting, **facts}, seconds=seconds)]
 
 
 def peer_work(bench: Bench) -> peers.Work:

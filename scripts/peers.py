@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from scripts.timing import peak_memory
+
 PACKAGES = {"transformers": ("torch", "transformers"), "trl": ("torch", "transformers", "trl")}
 
 
@@ -93,7 +95,7 @@ def _fastest(row_counts: Sequence[int], run: Callable[[int], Any]) -> int:
 
 
 def trl_steps(work: Work, row_counts: Sequence[int]) -> Peer:
-    """GRPOTrainer; `run(steps, between)` trains and returns (seconds of each step, response tokens of one step).
+    """GRPOTrainer; `run(steps, between)` trains and returns (seconds of each step, facts of the last one).
 
     `between()` is called after every step, outside of its time. The trainer has no per-layer recomputation (its default has,
     which costs a third more), loss and generation at its defaults, KL against the initial model, and random rewards.
@@ -106,25 +108,27 @@ def trl_steps(work: Work, row_counts: Sequence[int]) -> Peer:
     return Peer(setting, lambda steps, between: _train(work, rows, steps, between))
 
 
-def _train(work: Work, rows: int, steps: int, between: Callable[[], None]) -> tuple[list[float], int]:
+def _train(work: Work, rows: int, steps: int, between: Callable[[], None]) -> tuple[list[float], dict[str, float]]:
     import datasets
     from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     seconds: list[float] = []
-    made: list[int] = []
+    facts: dict[str, float] = {}
     rng = np.random.default_rng(0)
 
     class Timer(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
+            peak_memory()
             self.began = time.perf_counter()
 
         def on_step_end(self, *args, **kwargs):
             seconds.append(time.perf_counter() - self.began)
+            facts.update(peak_memory())
             between()
 
     def reward(completion_ids, **kwargs):
-        made.append(sum(map(len, completion_ids)))
+        facts["response_tokens"] = sum(map(len, completion_ids))
         return rng.random(len(completion_ids)).tolist()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -145,4 +149,4 @@ def _train(work: Work, rows: int, steps: int, between: Callable[[], None]) -> tu
         # A row's text is its number: no text would be sure to encode to a given count of random ids.
         trainer._tokenize_prompts = lambda texts: ([work.prompts[int(text)].tolist() for text in texts], None, {})
         trainer.train()
-    return seconds, made[-1]
+    return seconds, facts
