@@ -423,7 +423,7 @@ def results(bench: Bench, section: Section, contenders: Sequence[Contender], cei
             "seconds": seconds,
             "rounds": one.seconds[1:],
             "parts": parts,
-            "compile_seconds": one.seconds[0] - seconds["median"],
+            "compile_seconds": max(0.0, one.seconds[0] - seconds["median"]),
             "tokens": counted,
             "tokens_per_second": counted / seconds["median"],
             "flops_useful": needed,
