@@ -98,7 +98,7 @@ def useful(config: DecoderConfig, groups: Sequence[Group], *, backward: bool = F
     The same for sampling them, for their log-probs and, with `backward` (three times as much), for learning from them.
     """
     tokens, responses = sum(g.tokens for g in groups), sum(g.response_tokens for g in groups)
-    attention = 2 * 2 * sum(map(cells, groups)) * config.heads * config.head_dim
+    attention = 2 * 2 * sum(g.cells for g in groups) * config.heads * config.head_dim
     forward = config.layers * (2 * tokens * layer_weights(config) + attention) + 2 * responses * config.d_model * config.vocab
     return 3 * forward if backward else forward
 
@@ -107,9 +107,3 @@ def layer_weights(config: DecoderConfig) -> int:
     """Weights of one layer's matrices."""
     attention = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
     return config.d_model * (attention + 3 * config.d_ff)
-
-
-def cells(group: Group) -> int:
-    """Pairs of a token and one that it sees: its prompt up to itself, and of a response also the response up to itself."""
-    p = len(group.prompt)
-    return p * (p + 1) // 2 + sum(r * p + r * (r + 1) // 2 for r in map(len, group.responses))

@@ -25,3 +25,9 @@ class Group:
     @property
     def response_tokens(self) -> int:
         return sum(map(len, self.responses))
+
+    @property
+    def cells(self) -> int:
+        """Pairs of a token and one that it sees: itself and what stands before it in its segment, and its prompt."""
+        own = [len(self.prompt), *map(len, self.responses)]
+        return sum(n * (n + 1) // 2 for n in own) + len(self.prompt) * self.response_tokens

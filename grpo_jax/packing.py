@@ -138,14 +138,9 @@ def pack(
         response_tokens=sum(part.response_tokens for part in parts),
         repeated_prompts=len(parts) - len(groups),
         launched_tokens=len(rows) * t,
-        cells=sum(map(_cells, parts)),
+        cells=sum(part.cells for part in parts),
         launched_cells=launched_cells,
     )
-
-
-def _cells(group: Group) -> int:
-    own = [len(group.prompt), *map(len, group.responses)]
-    return sum(n * (n + 1) // 2 for n in own) + len(group.prompt) * group.response_tokens
 
 
 def _places(groups: Sequence[Group]) -> list[tuple[slice, list[slice]]]:

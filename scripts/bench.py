@@ -41,7 +41,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from data import lengths
-from grpo_jax import config, console, flops, learner, mesh, packing, rollout
+from grpo_jax import config, console, flops, inputs, learner, mesh, packing, rollout
 from grpo_jax.config import run_main
 from grpo_jax.group import Group
 from grpo_jax.learner import Objective
@@ -85,8 +85,10 @@ class Args:
     """Of sampling, and of the log-probs."""
     tokens_per_microbatch: int = 8192
     """Tokens a device computes at once in update and log-probs."""
-    remat: bool = True
-    """Recompute each layer in the backward pass."""
+    remat: Literal["none", "attention", "full"] = "attention"
+    """What the backward pass computes again, as --learner.remat."""
+    attention: Literal["auto", "tiles", "cudnn", "splash"] = "auto"
+    """The kernel of attention in learning, as --learner.attention."""
     rows: int = 512
     """Responses decoded at once, at most."""
     decode_steps_per_call: int = 32
@@ -110,6 +112,7 @@ class Bench:
     model: DecoderConfig
     mesh: Mesh
     objective: Objective
+    kernel: str  # of attention in learning
     groups: list[Group]  # with random responses and advantages
     state: dict[str, Any]  # "params" and, once an update wants it, "optimizer"; updates replace them
 
@@ -131,9 +134,13 @@ def prepare(args: Args) -> Bench:
             require_peer(args, name, section)
     device_mesh = mesh.make(config.Mesh())
     model, params = load(args, device_mesh)
-    dtype = {"auto": "float32" if jax.default_backend() == "cpu" else "bfloat16"}.get(args.dtype, args.dtype)
-    objective = Objective(temperature=args.temperature, kl_coefficient=1e-3, dtype=dtype, remat=args.remat)
-    return Bench(args, model, device_mesh, objective, make_groups(args, model), {"params": params})
+    settings = config.Learner(dtype=args.dtype, attention=args.attention)
+    objective = Objective(
+        temperature=args.temperature, kl_coefficient=1e-3, dtype=inputs.compute_dtype(settings), remat=args.remat,
+        mesh=device_mesh,
+    )  # fmt: skip
+    kernel = inputs.attention_kernel(settings, model)
+    return Bench(args, model, device_mesh, objective, kernel, make_groups(args, model), {"params": params})
 
 
 def require_peer(args: Args, name: str, section: Section) -> None:
@@ -220,29 +227,15 @@ def sample(bench: Bench, groups: Sequence[Group], seed: int, most: int | None = 
 
 def pack(bench: Bench, groups: Sequence[Group]) -> tuple[list[Pack], dict[str, float]]:
     """Packs on the devices, and their padding: the share of places (of dense layers) that hold no token."""
-    packed = packing.pack(groups, bench.args.tokens_per_microbatch, mesh.shards(bench.mesh))
+    packed = packing.pack(groups, bench.args.tokens_per_microbatch, mesh.shards(bench.mesh), kernel=bench.kernel)
     facts = {
         "packs": len(packed.packs),
         "tokens_computed": packed.tokens,
         "response_tokens": packed.response_tokens,
-        "padding_dense": 1 - packed.tokens / sum(p.tokens.size for p in packed.packs),
-        "padding_attention": 1 - sum(map(flops.cells, groups)) / attention_cells(bench, packed.packs),
+        "padding_dense": 1 - packed.tokens / packed.launched_tokens,
+        "padding_attention": 1 - packed.cells / packed.launched_cells,
     }
     return [packing.place(p, mesh.rows(bench.mesh)) for p in packed.packs], facts
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, layout: Any) -> jax.Array:
-    """The attention of packs; with `attention_cells` the one place that knows how it is called."""
-    return attention.packed(q, k, v, layout)
-
-
-def attention_cells(bench: Bench, packs: Sequence[Pack]) -> int:
-    """Pairs of a query and a key that the attention of the packs computes, padding and masked ones included."""
-    model, dtype = bench.model, bench.objective.dtype
-    heads = lambda pack, n: jax.ShapeDtypeStruct((*pack.tokens.shape, n, model.head_dim), dtype)  # noqa: E731
-    qkv = lambda pack: [heads(pack, n) for n in (model.heads, model.kv_heads, model.kv_heads)]  # noqa: E731
-    computed = sum(flops.count(jax.make_jaxpr(attend)(*qkv(pack), pack.layout)) for pack in packs)
-    return computed // (2 * 2 * model.heads * model.head_dim)
 
 
 # ---------------------------------------------------------------- sections: the ways of doing their work
@@ -315,6 +308,7 @@ def attention_contenders(bench: Bench, name: str, groups: Sequence[Group]) -> li
         o, pullback = jax.vjp(lambda *qkv: attend(*qkv, layout), q, k, v)
         return o, pullback(cotangent)
 
+    attend = mesh.by_rows(attention.packed, bench.mesh, (model.heads, model.kv_heads))
     one, two = jax.jit(attend), jax.jit(both)
 
     def forward() -> dict[str, float]:
@@ -339,8 +333,7 @@ def step_contenders(bench: Bench, name: str, groups: Sequence[Group]) -> list[Co
         with clock.time("rollout"):
             made, used = sample(bench, groups, next(seeds))
         with clock.time("pack"):
-            packed = packing.pack(made, bench.args.tokens_per_microbatch, mesh.shards(bench.mesh)).packs
-            packs = [packing.place(p, mesh.rows(bench.mesh)) for p in packed]
+            packs, _ = pack(bench, made)
         with clock.time("reference"):
             logp = lambda p: learner.logprobs(bench.model, bench.objective, bench.state["reference"], p)  # noqa: E731
             packs = jax.block_until_ready([replace(p, ref_logp=logp(p)) for p in packs])
@@ -364,7 +357,7 @@ def useful(bench: Bench, section: Section) -> int:
     """FLOPs that the section's work needs, whoever does it."""
     forward = flops.useful(bench.model, bench.groups)
     backward = flops.useful(bench.model, bench.groups, backward=True)
-    cells = sum(map(flops.cells, bench.groups))
+    cells = sum(g.cells for g in bench.groups)
     attended = 3 * 2 * 2 * cells * bench.model.heads * bench.model.head_dim
     return {
         "rollout": forward, "logprob": forward, "update": backward, "step": 2 * forward + backward, "attention": attended,

@@ -30,7 +30,7 @@ def settings(model, rows, folder, steps) -> SftConfig:
         data=config.Data(path=str(rows), template=str(demo.TEMPLATE)),
         batch=config.Batch(rows_per_step=4, max_tokens=400),
         optimizer=config.Optimizer(learning_rate=1e-2),
-        learner=config.Learner(tokens_per_microbatch=1024, remat=False),
+        learner=config.Learner(tokens_per_microbatch=1024, remat="none"),
         checkpoint=config.Checkpoint(every=2),
         validation=config.Validation(every=2, limit=3),
         export=config.Export(dtype="float32"),
