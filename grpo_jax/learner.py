@@ -78,7 +78,8 @@ def _logprobs(model: DecoderConfig, objective: Objective, params: Params, pack: 
     x, _ = decoder.hidden(model, params, pack.tokens, pack.positions, attend, remat=objective.remat)
     wanted = jnp.take_along_axis(x, pack.source[..., None], axis=1)  # [B, M, D]
     chunk = max(1, objective.head_chunk // pack.tokens.shape[0])
-    head = jax.vmap(lambda x, t: decoder.token_logprobs(params, x, t, temperature=objective.temperature, chunk=chunk))
+    weights = mesh.gathered(decoder.head(params), objective.mesh)  # once, or every chunk would gather them
+    head = jax.vmap(lambda x, t: decoder.token_logprobs(weights, x, t, temperature=objective.temperature, chunk=chunk))
     return head(wanted, pack.target)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax import config
@@ -62,6 +63,14 @@ def by_rows(f: Callable, mesh: Mesh | None, heads: tuple[int, int]) -> Callable:
     split = "tensor" if all(n % mesh.shape["tensor"] == 0 for n in heads) else None
     x, layout = PartitionSpec(ROW_AXES, None, split), PartitionSpec(ROW_AXES)
     return jax.shard_map(f, mesh=mesh, in_specs=(x, x, x, layout), out_specs=x, check_vma=False)
+
+
+def gathered(weights: Array, mesh: Mesh | None) -> Array:
+    """The output matrix [V, D], gathered over `fsdp`."""
+    if mesh is None or mesh.size == 1:
+        return weights
+    vocab = "tensor" if weights.shape[0] % mesh.shape["tensor"] == 0 else None
+    return jax.lax.with_sharding_constraint(weights, NamedSharding(mesh, PartitionSpec(vocab, None)))
 
 
 def shards(mesh: Mesh) -> int:

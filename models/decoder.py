@@ -466,9 +466,11 @@ def decode_step(
 
 
 def token_logprobs(
-    params: Params, x: Array, targets: Array, *, temperature: float = 1.0, chunk: int = 1024
+    weights: Array, x: Array, targets: Array, *, temperature: float = 1.0, chunk: int = 1024
 ) -> tuple[Array, Array]:
     """Log-probs and entropies of logits / temperature: x [M, D], targets [M] -> (logp [M], entropy [M]), nats.
+
+    weights [V, D] is the output matrix, `head(params)`.
 
     The head runs over `chunk` tokens at a time at most, and again in the backward pass, so that no [M, V] array ever exists.
     """
@@ -477,7 +479,6 @@ def token_logprobs(
     padding = -m % chunks
     x = jnp.pad(x, ((0, padding), (0, 0))).reshape(chunks, -1, x.shape[-1])
     targets = jnp.pad(targets, (0, padding)).reshape(chunks, -1)
-    weights = head(params)
     logp, entropy = jax.lax.map(lambda xs: _logp_and_entropy(temperature, xs[0], weights, xs[1]), (x, targets))
     return logp.reshape(-1)[:m], entropy.reshape(-1)[:m]
 
