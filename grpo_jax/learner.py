@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -71,57 +71,69 @@ def cast(params: Params, dtype: str) -> Params:
     return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
-def _logprobs(model: DecoderConfig, objective: Objective, params: Params, pack: Pack) -> tuple[Array, Array]:
-    params = cast(params, objective.dtype)
+def _response_states(model: DecoderConfig, objective: Objective, params: Params, pack: Pack) -> tuple[Array, Array]:
+    """(the hidden states [B, M, D] that predict the response tokens, the output matrix [V, D])."""
     kernel = mesh.by_rows(attention.packed, objective.mesh, (model.heads, model.kv_heads))
     attend = lambda q, k, v, _: (kernel(q, k, v, pack.layout), None)  # noqa: E731
     x, _ = decoder.hidden(model, params, pack.tokens, pack.positions, attend, remat=objective.remat)
-    wanted = jnp.take_along_axis(x, pack.source[..., None], axis=1)  # [B, M, D]
-    chunk = max(1, objective.head_chunk // pack.tokens.shape[0])
-    weights = mesh.gathered(decoder.head(params), objective.mesh)  # once, or every chunk would gather them
-    head = jax.vmap(lambda x, t: decoder.token_logprobs(weights, x, t, temperature=objective.temperature, chunk=chunk))
-    return head(wanted, pack.target)
+    # The matrix is gathered once, or every chunk of the head would gather it.
+    return jnp.take_along_axis(x, pack.source[..., None], axis=1), mesh.gathered(decoder.head(params), objective.mesh)
+
+
+def _chunk(objective: Objective, pack: Pack) -> int:
+    return max(1, objective.head_chunk // pack.tokens.shape[0])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def logprobs(model: DecoderConfig, objective: Objective, params: Params, pack: Pack) -> Array:
     """Log-probs [B, M] of the response tokens of a pack; the value at masked places has no meaning."""
-    return _logprobs(model, objective, params, pack)[0]
+    x, weights = _response_states(model, objective, cast(params, objective.dtype), pack)
+    head = functools.partial(decoder.token_logprobs, temperature=objective.temperature, chunk=_chunk(objective, pack))
+    return jax.vmap(lambda x, target: head(weights, x, target)[0])(x, pack.target)
 
 
-def _losses(objective: Objective, pack: Pack, logp: Array, entropy: Array) -> tuple[Array, Array, Array]:
-    """Per-token (loss, kl, clipped), each [B, M]."""
-    nothing = jnp.zeros_like(logp)
+def _per_token(objective: Objective, logp: Array, entropy: Array, pack: Pack) -> tuple[Array, dict[str, Array]]:
+    """(loss, {name: what is noted}) of some tokens, each [m] and 0 where masked; `pack` holds what it knows of these tokens."""
+    masked = lambda x: jnp.where(pack.mask, x, 0)  # noqa: E731
+    notes = {"entropy": entropy, "mismatch": jnp.abs(logp - pack.sampler_logp)}
     if objective.kind == "cross_entropy":
-        return -logp, nothing, nothing
+        return masked(-logp), jax.tree.map(masked, notes | {"kl": jnp.zeros_like(logp), "clipped": jnp.zeros_like(logp)})
     token_loss, clipped = loss.token_objective(
         logp, pack.old_logp, pack.advantage, clip_low=objective.clip_low, clip_high=objective.clip_high
     )
-    kl = nothing if pack.ref_logp is None else loss.kl_estimate(logp, pack.ref_logp, kind=objective.kl_kind)
-    return token_loss + objective.kl_coefficient * kl - objective.entropy_coefficient * entropy, kl, clipped
+    kl = jnp.zeros_like(logp)
+    if pack.ref_logp is not None:
+        kl = loss.kl_estimate(logp, pack.ref_logp, kind=objective.kl_kind)
+        token_loss += objective.kl_coefficient * kl
+    if objective.entropy_coefficient:
+        token_loss -= objective.entropy_coefficient * entropy
+    return masked(token_loss), jax.tree.map(masked, notes | {"kl": kl, "clipped": clipped.astype(logp.dtype)})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def accumulate(model: DecoderConfig, objective: Objective, params: Params, sums: Sums, pack: Pack) -> Sums:
     """The sums with one micro-batch added; `sums` is donated."""
+    of_tokens = replace(pack, tokens=None, positions=None, layout=None, source=None, target=None)  # arrays [B, M]
+    head = functools.partial(
+        decoder.token_losses, functools.partial(_per_token, objective),
+        temperature=objective.temperature, chunk=_chunk(objective, pack),
+    )  # fmt: skip
 
     def total(params):
-        logp, entropy = _logprobs(model, objective, params, pack)
-        token_loss, kl, clipped = _losses(objective, pack, logp, entropy)
-        gap = jnp.where(pack.mask, jnp.abs(logp - pack.sampler_logp), 0)
-        add = lambda x: loss.aggregate(x, pack.mask)[0]  # noqa: E731
-        return add(token_loss), (pack.mask.sum(), add(kl), add(entropy), add(clipped), gap.sum(), gap.max())
+        x, weights = _response_states(model, objective, cast(params, objective.dtype), pack)
+        losses, notes = jax.vmap(lambda *of_row: head(weights, *of_row))(x, pack.target, of_tokens)
+        return losses.sum(), notes
 
-    (value, (count, kl, entropy, clipped, gap, gap_max)), gradient = jax.value_and_grad(total, has_aux=True)(params)
+    (value, notes), gradient = jax.value_and_grad(total, has_aux=True)(params)
     return Sums(
         jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums.gradient, gradient),
-        sums.count + count,
+        sums.count + pack.mask.sum(),
         sums.loss + value,
-        sums.kl + kl,
-        sums.entropy + entropy,
-        sums.clipped + clipped,
-        sums.mismatch + gap,
-        jnp.maximum(sums.mismatch_max, gap_max),
+        sums.kl + notes["kl"].sum(),
+        sums.entropy + notes["entropy"].sum(),
+        sums.clipped + notes["clipped"].sum(),
+        sums.mismatch + notes["mismatch"].sum(),
+        jnp.maximum(sums.mismatch_max, notes["mismatch"].max()),
     )
 
 
