@@ -60,7 +60,9 @@ class Tasks:
 
 
 def require(settings: Any) -> None:
-    """Raises ValueError where a config names no model or no data."""
+    """Raises ValueError where a config names no model or no data, or where its seed is none."""
+    if not 0 <= settings.run.seed < 2**31:  # jax folds it into keys as 32 bits
+        raise ValueError(f"--run.seed {settings.run.seed} must lie in 0 ... {2**31 - 1}")
     if not settings.model.path:
         raise ValueError("--model.path is missing: give the folder or the hub id of a Qwen2.5 or Llama 3 model")
     if not settings.data.path:

@@ -147,6 +147,8 @@ def sample(
         raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} is empty: a response needs a token to follow")
     if lengths is not None and not all(1 <= r <= sampling.max_response_tokens for row in lengths for r in row):
         raise ValueError(f"imposed lengths must lie in 1 ... {sampling.max_response_tokens}, the longest response")
+    if not prompts:
+        return [], Usage(0, 0)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     job = _job(config, params, prompts, sampling, order, (seed, step), mesh, row_axes, lengths)
     g, total = sampling.group_size, len(prompts) * sampling.group_size
@@ -469,22 +471,32 @@ def choose(logits: Array, keys: Array, temperature: float, top_p: float = 1.0, t
     """One token a row: logits [B, V], keys [B] -> (token int32 [B], its log-prob [B] under the distribution drawn from).
 
     By inverting the cumulative distribution at one uniform number a row, in two levels; that takes a few passes over the
-    logits, where Gumbel noise would take V random numbers.
+    logits, where Gumbel noise would take V random numbers. The sum it needs also gives the log-prob.
     """
     if temperature == 0:
         token = jnp.argmax(logits, -1)
         return token.astype(jnp.int32), _logp(logits, token)
     scores = _cut(logits / temperature, top_p, top_k)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - top)
     b, v = weights.shape
-    block = max(1, int(v**0.5))
+    block = _block(v)
     blocks = jnp.pad(weights, ((0, 0), (0, -v % block))).reshape(b, -1, block)
     sums = blocks.sum(-1)
+    total = sums.sum(-1)
     u = jax.vmap(lambda key: jax.random.uniform(key, dtype=wide(logits.dtype)))(keys)
-    i, rest = _invert(sums, u * sums.sum(-1))
+    i, rest = _invert(sums, u * total)
     j, _ = _invert(jnp.take_along_axis(blocks, i[:, None, None], 1)[:, 0], rest)
     token = i * block + j
-    return token.astype(jnp.int32), _logp(scores, token)
+    logp = jnp.take_along_axis(scores - top, token[:, None], -1)[:, 0] - jnp.log(total)
+    return token.astype(jnp.int32), logp
+
+
+def _block(v: int) -> int:
+    """A size of blocks near the root of v; one that divides v where there is one, for then nothing is padded."""
+    root = max(1, int(v**0.5))
+    near = [d for d in range(max(1, root // 4), 4 * root + 1) if v % d == 0]
+    return min(near, key=lambda d: abs(d - root), default=root)
 
 
 def _invert(weights: Array, target: Array) -> tuple[Array, Array]:

@@ -229,6 +229,8 @@ def refused(capsys, *arguments: str) -> str:
         (["--rollout.top_p", "0.9"], "--rollout.top_p must be 1"),
         (["--rollout.top_k", "5"], "--rollout.top_k 0"),
         (["--rollout.temperature", "0"], "above 0"),
+        (["--run.seed", "-1"], "--run.seed -1 must lie in 0 ... 2147483647"),
+        (["--run.seed", "2147483648"], "--run.seed 2147483648 must"),
         (["--reward.kind", "binry"], "did you mean 'binary'?"),
         (["--learner.tokens_per_microbatch", "100"], "raise it"),
         (["--model.path", ""], "--model.path is missing"),
