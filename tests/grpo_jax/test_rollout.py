@@ -171,17 +171,18 @@ def test_bands_change_nothing(wide, fine_bands, calls, rows, steps):
     assert usage.row_steps == sum(pool.hidden[0] for pool in pools) * steps
 
 
-def test_rows_that_leave_for_want_of_memory_are_drawn_again_alike(wide, fine_bands, monkeypatch):
+def test_rows_that_leave_for_want_of_memory_are_drawn_again_alike(x64, fine_bands, monkeypatch):
     left, stored, admit, store = [], [], seating.admit, rollout._store
     monkeypatch.setattr(seating, "admit", lambda *args: (out := admit(*args), left.extend(out[2]))[0])
     monkeypatch.setattr(rollout, "_store", lambda *args: (stored.append(np.sum(args[4] < len(args[1]))), store(*args))[1])
-    token = rollout.cache_bytes_a_token(MODEL, "float64")
-    plain = imposed(rows=8)[1]
-    assert not left and sum(stored) == 5
-    found, usage = imposed(rows=8, cache_bytes=100 * token)  # five prompts of 12 leave room for 40
-    assert_same(found, wide[0])
-    assert left and sum(stored) == 10 and usage.tokens == plain.tokens and usage.row_steps > plain.row_steps
-    assert_same(imposed(rows=8, cache_bytes=1)[0], wide[0])  # one row is always let in
+    lengths = [[12, 12, 12], [12, 12, 11], [12, 2, 12], [1, 12, 12], [12, 3, 12]]
+    expected, plain = imposed(8, lengths)
+    assert not left and sum(stored) == 5  # each prompt is computed once
+    tokens = 140  # 60 or more for prompts: eight rows fit while they have 8 tokens each, not with 12
+    found, usage = imposed(8, lengths, cache_bytes=tokens * rollout.cache_bytes_a_token(MODEL, "float64"))
+    assert_same(found, expected)
+    assert left and sum(stored) == 5 + 5
+    assert usage.tokens == plain.tokens and usage.row_steps > plain.row_steps  # what was drawn twice is not counted twice
 
 
 LENGTHS = np.random.default_rng(0)
@@ -192,10 +193,10 @@ DRAWN = (  # tokens of 256 prompts, and of 5 responses to each
 
 
 def test_slots_are_used_and_shapes_few_on_lengths_like_real_ones():
-    """Prompts are cut to a sixteenth, which changes nothing in who sits where; responses are as drawn."""
+    """Prompts are cut to a 64th, which changes nothing in who sits where; responses are as drawn."""
     config = DecoderConfig("qwen2", 16, 8, 8, 1, 1, 1, 8)
     params = decoder.init(config, jax.random.key(0))
-    prompts = [np.zeros(-(-p // 16), np.int32) for p in DRAWN[0]]
+    prompts = [np.zeros(-(-p // 64), np.int32) for p in DRAWN[0]]
     sampling = Sampling((0,), 5, 2048, decode_steps_per_call=16, rows=80)
     rollout._decode.clear_cache()
     groups, usage = rollout.sample(config, params, prompts, sampling, lengths=DRAWN[1].tolist())
