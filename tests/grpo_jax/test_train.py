@@ -8,13 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from grpo_jax import config, metrics, train
+from grpo_jax import config, mesh, metrics, rollout, train
 from grpo_jax.config import TrainConfig
-from models import hf
+from grpo_jax.learner import Objective
+from models import decoder, hf
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
@@ -270,3 +272,22 @@ def test_a_folder_that_is_no_run_is_left_alone(tiny_model, capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"program": "grpo_jax.sft"}')
     assert "choose another --run.dir" in refused(capsys, "--model.path", tiny_model, "--run.dir", str(tmp_path))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+# ---------------------------------------------------------------- the sampler's pool
+
+
+def test_the_pool_is_sized_once_a_run(monkeypatch):
+    """From the memory that is free at first; a run that resumes keeps what its checkpoint says."""
+    policy = SimpleNamespace(model=decoder.SIZES["qwen2.5-0.5b"], end_tokens=(1,))
+    run = SimpleNamespace(policy=policy, objective=Objective(dtype="bfloat16"), mesh=mesh.make(config.Mesh()), meta={})
+    run.meta["resolved"] = {"device": "some"}
+    for free in (20 * 10**9, 10**9):
+        monkeypatch.setattr(train, "free_memory", lambda run, free=free: free)
+        sampling = train.sampling_of(config.Rollout(), run)
+        assert sampling.cache_bytes == 8 * 10**9
+        assert (
+            sampling.rows == rollout.pool_size(policy.model, "bfloat16", sampling, 4096, 20 * 10**9, mesh.shards(run.mesh))[0]
+        )
+        assert run.meta["resolved"] == {"device": "some", "rows": sampling.rows, "cache_bytes": sampling.cache_bytes}
+    assert train.sampling_of(config.Rollout(rows=7), run).rows == 7
