@@ -35,7 +35,8 @@ class Run:
     epochs: float = 7.0
     """Passes over the training rows, where `steps` is left out."""
     seed: int = 0
-    """Of all that is drawn: which rows are held out, the order of the others, and the random key of every sampled token."""
+    """Of all that is drawn: which rows are held out, the order of the others, and the random key of every sampled token. From 0
+    to 2147483647."""
     tensorboard: bool = True
     """Also write the metrics as TensorBoard events, under `tensorboard/` in the run's folder."""
 
@@ -76,8 +77,9 @@ class Rollout:
     """Must be 0 (off) in training, for the same reason."""
     decode_steps_per_call: int = 32
     """Tokens decoded between two looks at which responses have ended. Lower wastes fewer tokens, higher calls less often."""
-    rows: int = 512
-    """Responses decoded at once, at most; their caches must fit in memory beside the model."""
+    rows: int | None = None
+    """Responses decoded at once. Left out: what the device's memory holds (128 where it does not tell, as on a CPU), taken
+    once a run. No sample depends on it; lower it if memory runs out while sampling."""
 
 
 @dataclass(frozen=True)

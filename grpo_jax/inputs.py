@@ -67,6 +67,8 @@ class Tasks:
 
 def require(settings: Any) -> None:
     """Raises ValueError where a config names no model or no data, or holds a number that is out of its range."""
+    if not 0 <= settings.run.seed < 2**31:  # jax folds it into keys as 32 bits
+        raise ValueError(f"--run.seed {settings.run.seed} must lie in 0 ... {2**31 - 1}")
     if not settings.model.path:
         raise ValueError("--model.path is missing: give the folder or the hub id of a Qwen2.5 or Llama 3 model")
     if not settings.data.path:

@@ -1,16 +1,19 @@
 """Grouped sampling: every prompt is prefilled once, all its responses read that one cache.
 
-    sample     prompts -> Groups; the event loop on the host, in pools of at most `Sampling.rows` response rows
-    _prefill   the pool's prompts -> prompt cache and last hidden states
+    sample     prompts -> Groups; the event loop on the host, over one pool of at most `Sampling.rows` response rows
+    _admit     between two decode calls: rows that ended leave, rows from the queue take their places
+    _prefill   prompts whose first response enters -> prompt cache and last hidden states
     _decode    a static number of tokens of every row in one jitted call
-    _repack    rows that ended leave, a prompt's cache leaves with its last row, the response cache grows
+    pool_size  how many rows the memory of a device holds
 
-The dense layers run over *rows* (responses), not groups: rows of one group end at different times. Which row reads which
-prompt is said by `RowSlots`. The host looks at the tokens between calls, ends rows at their end-of-turn token or at the
-length limit, and repacks when the live rows fit a smaller bucket; `_Rows.live` is the seam where a pool would be refilled.
+The dense layers run over *rows* (responses), not groups: rows of one group enter and end at different times. Which row reads
+which prompt is said by `RowSlots`. The host looks at the tokens once a call; who then sits where is decided in
+grpo_jax.seating. Prompts queue longest first, so that the prompt cache only gets narrower. Replacing rows changes small
+arrays only; caches are copied (`_repack`) when the shape of the pool changes.
 
 Randomness: the key of a token is a fold of (seed, step, hash of the prompt's ids, sample, attempt, position in the
-response). No key depends on a batch, a bucket or a device, so neither does a sample (on one kind of hardware).
+response). No key depends on a batch, a place or a device, so neither does a sample (on one kind of hardware), and a row that
+had to leave for want of memory is drawn again alike.
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +31,10 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from grpo_jax import seating
 from grpo_jax.group import Group
 from grpo_jax.packing import bucket
+from grpo_jax.seating import Limits, Name, Shape, Swap
 from models import decoder
 from models.attention import PromptCache, ResponseCache, RowSlots, wide
 from models.decoder import DecoderConfig, Params
@@ -48,7 +53,8 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     decode_steps_per_call: int = 32
-    rows: int = 512  # responses decoded at once, in whole groups, at least one
+    rows: int = 128  # responses decoded at once
+    cache_bytes: int | None = None  # of all caches, on each device; None: no bound
 
 
 @dataclass(frozen=True)
@@ -62,44 +68,58 @@ class Usage:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Pool:
-    """Device state of B rows over N prompts."""
+    """What the device keeps between calls, of B rows over N prompts."""
 
-    hidden: Array  # [B, D]  of each row's last token (at first its prompt's last)
-    key: Array  # [B]  random key of each row
-    group: Array  # int32 [B]  which prompt
-    slots: RowSlots
+    hidden: Array  # [B, D]  of each row's last token
+    last: Array  # [N, D]  of each prompt's last token: where its responses begin
     prompts: PromptCache
-    responses: ResponseCache
+    responses: ResponseCache  # its lengths are those of the last call
 
 
-_Name = tuple[int, int]  # of a response: (prompt, sample), both counted within its pool
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Seats:
+    """What the host says of the rows at each call. An idle row reads some prompt from position 0; nobody looks at it."""
+
+    key: Array  # uint32 [B, words]  random key of each row
+    length: Array  # int32 [B]  tokens drawn so far
+    group: Array  # int32 [B]  place of the prompt
+    slots: RowSlots
 
 
 @dataclass
-class _Rows:
-    """The host's account of a pool."""
+class _Book:
+    """The host's account of a rollout."""
 
-    live: list[_Name | None]  # the response that each device row works on; None: the row is idle
-    tokens: dict[_Name, list[int]]
-    logp: dict[_Name, list[np.ndarray]]  # in pieces, one a call
-    truncated: dict[_Name, bool]  # of the responses that have ended
+    waiting: deque[Name]
+    unfinished: list[int]  # responses of each prompt that have not ended
+    live: dict[Name, int] = field(default_factory=dict)  # responses in the pool -> tokens drawn
+    seats: list[Name | None] = field(default_factory=list)  # of the rows; an ended one keeps its seat until the next call
+    shape: Shape | None = None
+    places: dict[int, int] = field(default_factory=dict)  # of the cached prompts
+    tokens: dict[Name, list[np.ndarray]] = field(default_factory=dict)  # in pieces, one a call
+    logp: dict[Name, list[np.ndarray]] = field(default_factory=dict)
+    truncated: dict[Name, bool] = field(default_factory=dict)  # of the responses that have ended
+    row_steps: int = 0
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What all pools of one rollout share."""
+    """What holds during a rollout. Prompts are counted by rank, in the order of the queue."""
 
     config: DecoderConfig
     params: Params
     sampling: Sampling
-    origin: tuple[int, int]  # seed, step
+    prompts: list[np.ndarray]
+    imposed: list[Sequence[int]] | None
+    keys: np.ndarray  # [N, G, words]
+    limits: Limits
     mesh: Mesh | None
     row_axes: tuple[str, ...]
 
-    @property
-    def shards(self) -> int:
-        """Rows and prompts come in multiples of this."""
-        return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in self.row_axes)
+    def room(self, name: Name) -> int:
+        """Tokens that the response may have."""
+        return self.sampling.max_response_tokens if self.imposed is None else self.imposed[name[0]][name[1]]
 
 
 def sample(
@@ -112,6 +132,7 @@ def sample(
     step: int = 0,
     mesh: Mesh | None = None,
     row_axes: tuple[str, ...] = (),
+    lengths: Sequence[Sequence[int]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Group], Usage]:
     """Samples `group_size` responses to each prompt (int32 ids [P]); returns the groups in the order of the prompts.
@@ -119,23 +140,44 @@ def sample(
     With a mesh, rows and prompts are split over its axes `row_axes`; the parameters stay where they are. Log-probs are of
     the distribution that was sampled (logits / temperature, cut by top-k and top-p where they are on), or, when greedy, of
     the model's. A prompt that occurs twice in one call gets other samples the second time ("attempt" in its key).
+    `lengths` [N][G], for benchmarks and tests, imposes the tokens of each response: it is cut there, an end token before
+    does not end it. Raises ValueError for an empty prompt and for a length outside of 1 ... max_response_tokens.
     """
-    job = _Job(config, params, sampling, (seed, step), mesh, row_axes)
-    identities = _identities(prompts)
-    # Prompts of like length share a pool: its cache is as wide as its longest prompt.
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} is empty: a response needs a token to follow")
+    if lengths is not None and not all(1 <= r <= sampling.max_response_tokens for row in lengths for r in row):
+        raise ValueError(f"imposed lengths must lie in 1 ... {sampling.max_response_tokens}, the longest response")
+    if not prompts:
+        return [], Usage(0, 0)
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    job = _job(config, params, prompts, sampling, order, (seed, step), mesh, row_axes, lengths)
     g, total = sampling.group_size, len(prompts) * sampling.group_size
-    per_pool = max(1, sampling.rows // g)
-    groups: dict[int, Group] = {}
-    row_steps = 0
-    for start in range(0, len(order), per_pool):
-        members = order[start : start + per_pool]
-        chosen, words = [prompts[i] for i in members], [identities[i] for i in members]
-        made, steps = _run_pool(job, chosen, words, lambda done, before=start * g: progress(before + done, total))
-        groups.update(zip(members, made, strict=True))
-        row_steps += steps
+    book = _Book(deque((rank, j) for rank in range(len(prompts)) for j in range(g)), [g] * len(prompts))
+    pool = None
+    cut = sampling.temperature, sampling.top_p, sampling.top_k
+    while book.live or book.waiting:
+        pool = _admit(job, book, pool)
+        pool, tokens, logp = _decode(config, cut, job.limits.steps, params, pool, _seats(job, book))
+        _collect(job, book, np.asarray(tokens), np.asarray(logp))  # waits for the device
+        progress(len(book.truncated), total)
+    groups = dict(zip(order, (_group(job, book, rank) for rank in range(len(prompts))), strict=True))
     in_order = [groups[i] for i in range(len(prompts))]
-    return in_order, Usage(row_steps, sum(group.response_tokens for group in in_order))
+    return in_order, Usage(book.row_steps, sum(group.response_tokens for group in in_order))
+
+
+def _job(config, params, prompts, sampling, order, origin, mesh, row_axes, lengths) -> _Job:
+    """See `sample`; `order` has the indices of the prompts as they queue."""
+    n, g, limit = len(prompts), sampling.group_size, sampling.max_response_tokens
+    steps = min(sampling.decode_steps_per_call, limit)
+    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in row_axes)
+    token = cache_bytes_a_token(config, params["embed"].dtype)
+    fits = None if sampling.cache_bytes is None else sampling.cache_bytes * shards // token
+    limits = Limits(min(sampling.rows, n * g), n, seating.widths(limit, steps), steps, shards, fits)
+    identities = _identities(prompts)
+    words = np.array([[*identities[i][:2], j, identities[i][2]] for i in order for j in range(g)], np.uint32).reshape(-1, 4)
+    keys = np.asarray(_row_keys(origin, words)).reshape(n, g, -1)
+    imposed = None if lengths is None else [lengths[i] for i in order]
+    return _Job(config, params, sampling, [prompts[i] for i in order], imposed, keys, limits, mesh, row_axes)
 
 
 def _identities(prompts: Sequence[np.ndarray]) -> list[tuple[int, int, int]]:
@@ -149,119 +191,135 @@ def _identities(prompts: Sequence[np.ndarray]) -> list[tuple[int, int, int]]:
     return identities
 
 
-def _run_pool(
-    job: _Job, prompts: Sequence[np.ndarray], identities: Sequence[tuple[int, int, int]], report: Callable[[int], None]
-) -> tuple[list[Group], int]:
-    """All responses to the prompts of one pool: (their groups, the row-steps it took). Reports the responses that ended."""
-    sampling, shards = job.sampling, job.shards
-    limit, cut = sampling.max_response_tokens, (sampling.temperature, sampling.top_p, sampling.top_k)
-    names = [(i, j) for i in range(len(prompts)) for j in range(sampling.group_size)]
-    rows = _Rows(names + [None] * (-len(names) % shards), {n: [] for n in names}, {n: [] for n in names}, {})
-    chunk = min(sampling.decode_steps_per_call, limit)
-    capacity = min(limit, bucket(2 * chunk, 1))
-    pool = _place(job, _start(job, prompts, identities, rows.live, capacity))
-    decoded = row_steps = 0
-    while True:
-        pool, tokens, logp = _decode(job.config, cut, chunk, job.params, pool)
-        _collect(rows, np.asarray(tokens), np.asarray(logp), sampling)  # waits for the device
-        decoded, row_steps = decoded + chunk, row_steps + tokens.size
-        report(len(rows.truncated))
-        alive = sum(name is not None for name in rows.live)
-        if not alive:
-            return [_group(prompt, i, sampling.group_size, rows) for i, prompt in enumerate(prompts)], row_steps
-        size = min(len(rows.live), _multiple(bucket(alive, 2), shards))
-        room = min(limit, 2 * capacity) if decoded + chunk > capacity else capacity
-        if size < len(rows.live) or room > capacity:
-            pool, rows.live = _shrink(job, pool, rows.live, size, room)
-            pool, capacity = _place(job, pool), room
-
-
-def _collect(rows: _Rows, tokens: np.ndarray, logp: np.ndarray, sampling: Sampling) -> None:
-    """Adds what one call drew, [steps, B], to the live responses; the rows of those that end become idle."""
-    is_end = np.isin(tokens, sampling.end_tokens)
-    for b, name in enumerate(rows.live):
-        if name is None:
-            continue
-        room = sampling.max_response_tokens - len(rows.tokens[name])
-        ends = np.flatnonzero(is_end[:room, b])
-        taken = ends[0] + 1 if len(ends) else min(room, len(tokens))
-        rows.tokens[name].extend(tokens[:taken, b].tolist())
-        rows.logp[name].append(logp[:taken, b])
-        if len(ends) or taken == room:
-            rows.truncated[name] = not len(ends)
-            rows.live[b] = None
-
-
-def _group(prompt: np.ndarray, i: int, g: int, rows: _Rows) -> Group:
-    names = [(i, j) for j in range(g)]
-    return Group(
-        np.asarray(prompt, np.int32),
-        tuple(np.array(rows.tokens[n], np.int32) for n in names),
-        tuple(np.concatenate(rows.logp[n]) for n in names),
-        tuple(rows.truncated[n] for n in names),
-    )
-
-
-def _multiple(n: int, of: int) -> int:
-    """n rounded up."""
-    return -(-n // of) * of
-
-
-def _start(
-    job: _Job,
-    prompts: Sequence[np.ndarray],
-    identities: Sequence[tuple[int, int, int]],
-    live: Sequence[_Name | None],
-    capacity: int,
-) -> _Pool:
-    """Prefills the prompts and lays out the first rows, with room for `capacity` tokens each."""
-    config, b, n = job.config, len(live), _multiple(len(prompts), job.shards)
-    width = bucket(max(map(len, prompts)), 2)
-    at_once = min(n, _multiple(max(1, _PREFILL_TOKENS // width), job.shards))
-    padded = _multiple(n, at_once)
-    tokens, lengths = np.zeros((padded, width), np.int32), np.ones(padded, np.int32)
-    for i, prompt in enumerate(prompts):
-        tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
-    split = None if job.mesh is None else NamedSharding(job.mesh, PartitionSpec(job.row_axes))
-    parts = [
-        _prefill(config, job.params, *jax.device_put((tokens[i : i + at_once], lengths[i : i + at_once]), split))
-        for i in range(0, padded, at_once)
-    ]
-    caches, hidden = zip(*parts, strict=True)
-    prompt_cache = PromptCache(
-        jnp.concatenate([c.k for c in caches], 1)[:, :n],
-        jnp.concatenate([c.v for c in caches], 1)[:, :n],
-        jnp.asarray(lengths[:n]),
-    )
-    group, slots = _slots(live, range(n), job.sampling.group_size)
-    words = np.zeros((b, 4), np.uint32)
-    for row, name in enumerate(live):
-        if name is not None:
-            low, high, attempt = identities[name[0]]
-            words[row] = low, high, name[1], attempt
-    empty = jnp.zeros((config.layers, b, config.kv_heads, capacity, config.head_dim), prompt_cache.k.dtype)
-    # Two buffers, not one twice: the pool is donated.
-    responses = ResponseCache(empty, empty.copy(), jnp.zeros(b, jnp.int32))
-    return _Pool(jnp.concatenate(hidden)[group], _row_keys(job.origin, words), group, slots, prompt_cache, responses)
-
-
-def _slots(live: Sequence[_Name | None], prompts: Sequence[int], g: int) -> tuple[Array, RowSlots]:
-    """Which prompt each row reads, for prompts cached in the order given; idle rows read the first and are never looked at."""
-    place = {prompt: i for i, prompt in enumerate(prompts)}
-    group, slot = np.zeros(len(live), np.int32), np.zeros(len(live), np.int32)
-    row = np.full((len(prompts), g), len(live), np.int32)
-    for b, name in enumerate(live):
-        if name is not None:
-            i = place[name[0]]
-            group[b], slot[b], row[i, name[1]] = i, i * g + name[1], b
-    return jnp.asarray(group), RowSlots(jnp.asarray(row), jnp.asarray(slot))
-
-
 @jax.jit
 def _row_keys(origin: tuple[int, int], words: Array) -> Array:
-    """The key of each row: words [B, 4] = two of the prompt's hash, sample, attempt. A token folds in its position too."""
+    """The key of each row, as data: words [B, 4] = two of the prompt's hash, sample, attempt. A token folds in its position."""
     key = functools.reduce(jax.random.fold_in, origin, jax.random.key(0))
-    return jax.vmap(lambda w: functools.reduce(jax.random.fold_in, w, key))(words)
+    return jax.random.key_data(jax.vmap(lambda w: functools.reduce(jax.random.fold_in, w, key))(words))
+
+
+# ---------------------------------------------------------------- between two calls
+
+
+def _admit(job: _Job, book: _Book, pool: _Pool | None) -> _Pool:
+    """Lets rows in, and out where memory is short; brings the pool to the shape that they need."""
+    lengths = [len(prompt) for prompt in job.prompts]
+    shape, entering, leaving = seating.admit(book.shape, book.live, book.waiting, book.places, lengths, job.limits)
+    for name in leaving:
+        del book.live[name]
+    book.waiting.extendleft(sorted(leaving, reverse=True))
+    for name in entering:
+        book.waiting.popleft()
+        book.live[name], book.tokens[name], book.logp[name] = 0, [], []
+    before, was = book.shape, {name: row for row, name in enumerate(book.seats) if name is not None}
+    needs = {name: job.limits.need(length) for name, length in book.live.items()}
+    book.seats, swaps = seating.reseat(book.seats, before, shape, needs)
+    book.shape = shape
+
+    if pool is None:
+        pool = _empty(job, shape)
+    elif (shape.prompts, shape.width) != (before.prompts, before.width):
+        pool = _repack_prompts(book, pool, shape)
+    pool = _prefill_new(job, book, pool)
+    # Rows on their way through the queue have a place in `was` only if they never left it.
+    fresh = len(pool.hidden)
+    source = [0 if n is None else was[n] if book.live[n] else fresh + book.places[n[0]] for n in book.seats]
+    responses = pool.responses
+    if before is not None and before.bands != shape.bands:
+        responses = _repack(responses, *_rows_of_bands([min(s, fresh - 1) for s in source], shape, job.limits))
+    for swap in swaps:
+        responses = _swap_rows(responses, shape, swap)
+    return _place(job, replace(pool, hidden=_arrange(pool.hidden, pool.last, np.int32(source)), responses=responses))
+
+
+def _prefill_new(job: _Job, book: _Book, pool: _Pool) -> _Pool:
+    """Computes the prompts whose first response enters; of several at once, in calls of a power of two prompts."""
+    new = sorted({rank for rank, _ in book.live} - book.places.keys())  # longest first
+    taken, shards = set(book.places.values()), job.limits.shards
+    free = [place for place in range(len(pool.last)) if place not in taken]
+    split = None if job.mesh is None else NamedSharding(job.mesh, PartitionSpec(job.row_axes))
+    while new:
+        width = bucket(len(job.prompts[new[0]]), 2)
+        units = max(1, min(-(-len(new) // shards), _PREFILL_TOKENS // width // shards))
+        size = shards * 2 ** (units.bit_length() - 1)
+        tokens, lengths = np.zeros((size, width), np.int32), np.ones(size, np.int32)
+        places = np.full(size, len(pool.last), np.int32)  # out of range: what pads the call is dropped
+        for i, rank in enumerate(new[:size]):
+            prompt = job.prompts[rank]
+            tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
+            places[i] = book.places[rank] = free.pop(0)
+        new = new[size:]
+        made = _prefill(job.config, job.params, *jax.device_put((tokens, lengths), split))
+        prompts, last = _store(pool.prompts, pool.last, *made, places)
+        pool = replace(pool, prompts=prompts, last=last)
+    return pool
+
+
+def _seats(job: _Job, book: _Book) -> _Seats:
+    """Of the rows as they sit now."""
+    b, g, shape = len(book.seats), job.sampling.group_size, book.shape
+    key, length = np.zeros((b, job.keys.shape[2]), np.uint32), np.zeros(b, np.int32)
+    group, slot, row = np.zeros(b, np.int32), np.zeros(b, np.int32), np.full((shape.prompts, g), b, np.int32)
+    for at, name in enumerate(book.seats):
+        if name is not None:
+            (rank, j), place = name, book.places[name[0]]
+            key[at], length[at], group[at], slot[at], row[place, j] = (
+                job.keys[rank, j],
+                book.live[name],
+                place,
+                place * g + j,
+                at,
+            )
+    return _Seats(key, length, group, RowSlots(row, slot))
+
+
+def _collect(job: _Job, book: _Book, tokens: np.ndarray, logp: np.ndarray) -> None:
+    """Adds what one call drew, [steps, B], to the responses; those that end leave the account of the live ones."""
+    steps, b = tokens.shape
+    book.row_steps += tokens.size
+    is_end = np.isin(tokens, job.sampling.end_tokens if job.imposed is None else ())
+    upto_end = np.where(is_end.any(0), is_end.argmax(0) + 1, steps + 1).tolist()
+    tokens, logp = np.ascontiguousarray(tokens.T), np.ascontiguousarray(logp.T)
+    for at, name in enumerate(book.seats):
+        if name is None:
+            continue
+        room = job.room(name) - book.live[name]
+        taken = min(upto_end[at], room, steps)
+        book.tokens[name].append(tokens[at, :taken])
+        book.logp[name].append(logp[at, :taken])
+        book.live[name] += taken
+        if taken == upto_end[at] or taken == room:
+            book.truncated[name] = taken != upto_end[at]
+            del book.live[name]
+            book.unfinished[name[0]] -= 1
+            if not book.unfinished[name[0]]:
+                del book.places[name[0]]  # the prompt's cache leaves with its last response
+
+
+def _group(job: _Job, book: _Book, rank: int) -> Group:
+    names = [(rank, j) for j in range(job.sampling.group_size)]
+    return Group(
+        np.asarray(job.prompts[rank], np.int32),
+        tuple(np.concatenate(book.tokens[n]) for n in names),
+        tuple(np.concatenate(book.logp[n]) for n in names),
+        tuple(book.truncated[n] for n in names),
+    )
+
+
+# ---------------------------------------------------------------- on the device
+
+
+def _empty(job: _Job, shape: Shape) -> _Pool:
+    config, dtype = job.config, job.params["embed"].dtype
+    zeros = lambda n, tokens: jnp.zeros((config.layers, n, config.kv_heads, tokens, config.head_dim), dtype)  # noqa: E731
+    sizes = [(b, w) for b, w in zip(shape.bands, job.limits.widths, strict=True) if b]
+    # Keys and values are two buffers, not one twice: the pool is donated.
+    prompts = PromptCache(*(zeros(shape.prompts, shape.width) for _ in "kv"), jnp.ones(shape.prompts, jnp.int32))
+    rows = sum(shape.bands)
+    responses = ResponseCache(*(tuple(zeros(*size) for size in sizes) for _ in "kv"), jnp.zeros(rows, jnp.int32))
+    return _Pool(
+        jnp.zeros((rows, config.d_model), dtype), jnp.zeros((shape.prompts, config.d_model), dtype), prompts, responses
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -269,48 +327,100 @@ def _prefill(config: DecoderConfig, params: Params, tokens: Array, lengths: Arra
     return decoder.prefill(config, params, tokens, lengths)
 
 
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def _store(prompts: PromptCache, last: Array, new: PromptCache, hidden: Array, places: Array) -> tuple[PromptCache, Array]:
+    """Writes prompts into their places; out of range: nowhere."""
+    at = lambda cache, part: cache.at[:, places, :, : part.shape[3]].set(part, mode="drop")  # noqa: E731
+    length = prompts.length.at[places].set(new.length, mode="drop")
+    return PromptCache(at(prompts.k, new.k), at(prompts.v, new.v), length), last.at[places].set(hidden, mode="drop")
+
+
+@jax.jit
+def _arrange(hidden: Array, last: Array, source: Array) -> Array:
+    """The hidden state that each row goes on from: that of a row of the last call, or, counted on from these, of a prompt."""
+    return jnp.concatenate([hidden, last])[source]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _decode(
-    config: DecoderConfig, cut: tuple[float, float, int], steps: int, params: Params, pool: _Pool
+    config: DecoderConfig, cut: tuple[float, float, int], steps: int, params: Params, pool: _Pool, seats: _Seats
 ) -> tuple[_Pool, Array, Array]:
     """Draws `steps` tokens for every row: (pool, tokens [steps, B], logp [steps, B]). The pool is donated.
 
     `cut` is (temperature, top_p, top_k), and not all of `Sampling`: nothing else of it should compile this again.
     """
+    keys = jax.random.wrap_key_data(seats.key)
 
     def one(carry, _):
         hidden, responses = carry
-        keys = jax.vmap(jax.random.fold_in)(pool.key, responses.length)
-        token, logp = choose(decoder.unembed(params, hidden), keys, *cut)
-        hidden, responses = decoder.decode_step(config, params, token, pool.group, pool.prompts, responses, pool.slots)
+        token, logp = choose(decoder.unembed(params, hidden), jax.vmap(jax.random.fold_in)(keys, responses.length), *cut)
+        hidden, responses = decoder.decode_step(config, params, token, seats.group, pool.prompts, responses, seats.slots)
         return (hidden, responses), (token, logp)
 
-    (hidden, responses), (tokens, logp) = jax.lax.scan(one, (pool.hidden, pool.responses), None, length=steps)
-    return _Pool(hidden, pool.key, pool.group, pool.slots, pool.prompts, responses), tokens, logp
+    begin = pool.hidden, replace(pool.responses, length=seats.length)
+    (hidden, responses), (tokens, logp) = jax.lax.scan(one, begin, None, length=steps)
+    return replace(pool, hidden=hidden, responses=responses), tokens, logp
 
 
-def _shrink(job: _Job, pool: _Pool, live: Sequence[_Name | None], b: int, capacity: int) -> tuple[_Pool, list[_Name | None]]:
-    """Keeps the live rows, in b rows with room for `capacity` tokens, and the prompts that they still read."""
-    kept = [i for i, name in enumerate(live) if name is not None]
-    now = [live[i] for i in kept] + [None] * (b - len(kept))
-    old_group = np.asarray(pool.group)
-    place = {live[i][0]: int(old_group[i]) for i in kept}  # prompt -> its index in the present cache
-    n = min(pool.prompts.length.shape[0], _multiple(bucket(len(place), 1), job.shards))
-    group, slots = _slots(now, [*place, *[-1] * (n - len(place))], job.sampling.group_size)
-    take_rows = jnp.asarray(kept + [0] * (b - len(kept)))
-    take_prompts = jnp.asarray([*place.values(), *[0] * (n - len(place))])
-    return _repack(pool, take_rows, take_prompts, group, slots, capacity), now
+def _resized(cache: Array, width: int) -> Array:
+    """[L, n, K, tokens, C] with `width` tokens; what is cut off is not in use."""
+    cache = cache[:, :, :, :width]
+    return jnp.pad(cache, [(0, 0)] * 3 + [(0, width - cache.shape[3]), (0, 0)])
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def _repack(pool: _Pool, take_rows: Array, take_prompts: Array, group: Array, slots: RowSlots, capacity: int) -> _Pool:
-    def resized(x):  # [L, B, K, R, C]
-        x = x[:, take_rows]
-        return jnp.pad(x, [(0, 0)] * 3 + [(0, capacity - x.shape[3]), (0, 0)])
+@functools.partial(jax.jit, static_argnums=2)
+def _repack(responses: ResponseCache, rows: tuple[Array, ...], widths: tuple[int, ...]) -> ResponseCache:
+    """Bands of other sizes: `rows` has, for each place of each band, the present row (over all bands) that moves there."""
 
-    prompts = PromptCache(pool.prompts.k[:, take_prompts], pool.prompts.v[:, take_prompts], pool.prompts.length[take_prompts])
-    responses = ResponseCache(resized(pool.responses.k), resized(pool.responses.v), pool.responses.length[take_rows])
-    return _Pool(pool.hidden[take_rows], pool.key[take_rows], group, slots, prompts, responses)
+    def gathered(bands, index, width):
+        start, found = 0, None
+        for band in bands:
+            here = _resized(band[:, jnp.clip(index - start, 0, band.shape[1] - 1)], width)
+            found = here if found is None else jnp.where((index >= start)[:, None, None, None], here, found)
+            start += band.shape[1]
+        return found
+
+    k, v = (tuple(gathered(x, r, w) for r, w in zip(rows, widths, strict=True)) for x in (responses.k, responses.v))
+    return ResponseCache(k, v, jnp.zeros(sum(map(len, rows)), jnp.int32))
+
+
+def _rows_of_bands(rows: Sequence[int], shape: Shape, limits: Limits) -> tuple[tuple[np.ndarray, ...], tuple[int, ...]]:
+    """The rows split by the bands that are not empty, and the widths of these."""
+    parts = np.split(np.array(rows, np.int32), np.cumsum(shape.bands)[:-1])
+    return tuple(p for p in parts if len(p)), tuple(w for p, w in zip(parts, limits.widths, strict=True) if len(p))
+
+
+def _swap_rows(responses: ResponseCache, shape: Shape, swap: Swap) -> ResponseCache:
+    index = [sum(count > 0 for count in shape.bands[:band]) for band in (swap.narrow, swap.broad)]  # empty bands are not kept
+    size = 4 ** max(1, math.ceil(math.log(len(swap.low), 4)))  # few sizes; the rest lies out of range and is dropped
+    low, high = (np.array(x + [2**30] * (size - len(x)), np.int32) for x in (swap.low, swap.high))
+    k, v = list(responses.k), list(responses.v)
+    for bands in (k, v):
+        bands[index[0]], bands[index[1]] = _swap(bands[index[0]], bands[index[1]], low, high)
+    return ResponseCache(tuple(k), tuple(v), responses.length)
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def _swap(narrow: Array, broad: Array, low: Array, high: Array) -> tuple[Array, Array]:
+    """Rows of two bands change places, as far as the narrow one reaches: neither row is longer than that."""
+    width = narrow.shape[3]
+    up = narrow.at[:, low].get(mode="fill", fill_value=0)
+    down = broad.at[:, high, :, :width].get(mode="fill", fill_value=0)
+    return narrow.at[:, low].set(down, mode="drop"), broad.at[:, high, :, :width].set(up, mode="drop")
+
+
+def _repack_prompts(book: _Book, pool: _Pool, shape: Shape) -> _Pool:
+    take = np.zeros(shape.prompts, np.int32)
+    take[: len(book.places)] = list(book.places.values())
+    book.places = {rank: place for place, rank in enumerate(book.places)}
+    prompts, last = _resize_prompts(pool.prompts, pool.last, take, shape.width)
+    return replace(pool, prompts=prompts, last=last)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _resize_prompts(prompts: PromptCache, last: Array, take: Array, width: int) -> tuple[PromptCache, Array]:
+    k, v = (_resized(x[:, take], width) for x in (prompts.k, prompts.v))
+    return PromptCache(k, v, prompts.length[take]), last[take]
 
 
 def _place(job: _Job, pool: _Pool) -> _Pool:
@@ -318,8 +428,40 @@ def _place(job: _Job, pool: _Pool) -> _Pool:
     if job.mesh is None:
         return pool
     lead, second = (NamedSharding(job.mesh, PartitionSpec(*axes)) for axes in ([job.row_axes], [None, job.row_axes]))
-    caches = PromptCache(second, second, lead), ResponseCache(second, second, lead)
-    return jax.device_put(pool, _Pool(lead, lead, lead, RowSlots(lead, lead), *caches))
+    bands = (second,) * len(pool.responses.k)
+    return jax.device_put(pool, _Pool(lead, lead, PromptCache(second, second, lead), ResponseCache(bands, bands, lead)))
+
+
+# ---------------------------------------------------------------- how many rows
+
+
+# Of the memory that is free beside weights and optimizer: changing a pool's shape holds the old caches and the new for a
+# moment, and logits and activations want their part.
+_CACHE_SHARE = 0.4
+_ROWS, _MOST_ROWS = 128, 1024
+
+
+def pool_size(
+    config: DecoderConfig, dtype: str, sampling: Sampling, max_prompt_tokens: int, free: int | None, shards: int
+) -> tuple[int, int | None]:
+    """(`Sampling.rows`, `Sampling.cache_bytes`) for devices with `free` bytes each, over which rows are split `shards` ways.
+
+    A row is counted with 512 tokens of its own, for responses are mostly much shorter than they may be, with its share of
+    a prompt of the longest kind of which half the rows have ended, and with four copies of its logits. Where longer
+    responses come together, `cache_bytes` bounds them. At most 1024 rows a device: by then decoding is bound by arithmetic.
+    Where a device tells nothing of its memory (a CPU), 128 rows and no bound: there decoding is bound by arithmetic from a
+    few dozen rows on.
+    """
+    if free is None:
+        return _ROWS, None
+    own, share = min(512, sampling.max_response_tokens), -(-2 * max_prompt_tokens // sampling.group_size)
+    row = (own + share) * cache_bytes_a_token(config, dtype) + 4 * 4 * config.vocab
+    cache = int(_CACHE_SHARE * max(0, free))
+    return shards * max(1, min(_MOST_ROWS, cache // row)), cache
+
+
+def cache_bytes_a_token(config: DecoderConfig, dtype: str) -> int:
+    return 2 * config.layers * config.kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
 
 
 # ---------------------------------------------------------------- drawing a token
@@ -329,22 +471,32 @@ def choose(logits: Array, keys: Array, temperature: float, top_p: float = 1.0, t
     """One token a row: logits [B, V], keys [B] -> (token int32 [B], its log-prob [B] under the distribution drawn from).
 
     By inverting the cumulative distribution at one uniform number a row, in two levels; that takes a few passes over the
-    logits, where Gumbel noise would take V random numbers.
+    logits, where Gumbel noise would take V random numbers. The sum it needs also gives the log-prob.
     """
     if temperature == 0:
         token = jnp.argmax(logits, -1)
         return token.astype(jnp.int32), _logp(logits, token)
     scores = _cut(logits / temperature, top_p, top_k)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - top)
     b, v = weights.shape
-    block = max(1, int(v**0.5))
+    block = _block(v)
     blocks = jnp.pad(weights, ((0, 0), (0, -v % block))).reshape(b, -1, block)
     sums = blocks.sum(-1)
+    total = sums.sum(-1)
     u = jax.vmap(lambda key: jax.random.uniform(key, dtype=wide(logits.dtype)))(keys)
-    i, rest = _invert(sums, u * sums.sum(-1))
+    i, rest = _invert(sums, u * total)
     j, _ = _invert(jnp.take_along_axis(blocks, i[:, None, None], 1)[:, 0], rest)
     token = i * block + j
-    return token.astype(jnp.int32), _logp(scores, token)
+    logp = jnp.take_along_axis(scores - top, token[:, None], -1)[:, 0] - jnp.log(total)
+    return token.astype(jnp.int32), logp
+
+
+def _block(v: int) -> int:
+    """A size of blocks near the root of v; one that divides v where there is one, for then nothing is padded."""
+    root = max(1, int(v**0.5))
+    near = [d for d in range(max(1, root // 4), 4 * root + 1) if v % d == 0]
+    return min(near, key=lambda d: abs(d - root), default=root)
 
 
 def _invert(weights: Array, target: Array) -> tuple[Array, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import sys
@@ -64,7 +65,12 @@ def open_run(
         "program": program,
         "config": configs.to_dict(config),
         "fingerprints": inputs.fingerprints(policy, params, tasks),
-        "resolved": {"device": jax.devices()[0].device_kind, "dtype": objective.dtype, "attention": kernel},
+        "resolved": {
+            "device": jax.devices()[0].device_kind,
+            "mesh": dict(mesh.shape),
+            "dtype": objective.dtype,
+            "attention": kernel,
+        },
     }
     reference = jax.tree.map(jnp.copy, learner.cast(params, objective.dtype)) if objective.kl_coefficient else None
     state = {"params": params, "optimizer": learner.init_state(optimizer, params)}
@@ -78,6 +84,9 @@ def open_run(
                     f"{config.run.dir}: the run began with another {what}; restore it, or choose another --run.dir"
                 )
         state = restored.state
+        # What was chosen for this kind of device stays chosen: the memory that is free today must not change a shape.
+        if meta["resolved"].items() <= restored.meta["resolved"].items():
+            meta["resolved"] = restored.meta["resolved"]
     lock = checkpoint.claim(config, program)
     step = restored.step if restored else 0
     if restored is not None:
@@ -168,6 +177,15 @@ class Clock:
             **{f"time/{phase}": s for phase, s in self.seconds.items()},
             "time/step": time.perf_counter() - self._began,
         }
+
+
+def free_memory(run: Run) -> int | None:
+    """Bytes that are free on the first device beside the state and a copy of the weights to compute with; None: not told."""
+    stats = run.mesh.local_devices[0].memory_stats() or {}
+    if not {"bytes_limit", "bytes_in_use"} <= stats.keys():
+        return None
+    copy = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(run.state["params"]))
+    return stats["bytes_limit"] - stats["bytes_in_use"] - copy * jnp.dtype(run.objective.dtype).itemsize
 
 
 def memory() -> dict[str, float]:

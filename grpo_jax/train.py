@@ -34,7 +34,7 @@ from grpo_jax.learner import Objective
 from grpo_jax.packing import Pack, Packed
 from grpo_jax.reward import Response, Reward, Scored
 from grpo_jax.rollout import Sampling, Usage
-from grpo_jax.run import Clock, Run, cache_compilations, finish, memory, open_run, pack, padding, report
+from grpo_jax.run import Clock, Run, cache_compilations, finish, free_memory, memory, open_run, pack, padding, report
 
 
 def train(cfg: TrainConfig) -> None:
@@ -44,9 +44,9 @@ def train(cfg: TrainConfig) -> None:
     policy = inputs.load_policy(cfg.model.path)
     tasks = inputs.load_tasks(cfg.data, policy, cfg.rollout.max_prompt_tokens, cfg.run.seed, cfg.validation.limit)
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.rollout.prompts_per_step)
-    sampling = sampling_of(cfg.rollout, policy)
     introduce(cfg, policy, tasks, steps, device_mesh)
     run = open_run(cfg, "grpo_jax.train", policy, tasks, objective_of(cfg, device_mesh), steps * minibatches(cfg), device_mesh)
+    sampling = sampling_of(cfg.rollout, run)
     with closing(run.checkpoints), Progress(steps, run.step) as show:  # an interrupted run too waits for its last save
         if run.step == 0:
             report(run, show, {"step": 0, **validate(run, tasks.validation, sampling, score_group, show)})
@@ -105,11 +105,17 @@ def check(cfg: TrainConfig) -> Reward:
     return reward.resolve(cfg.reward.kind)
 
 
-def sampling_of(settings: config.Rollout, policy: Policy) -> Sampling:
-    return Sampling(
-        policy.end_tokens, settings.group_size, settings.max_response_tokens, settings.temperature,
-        decode_steps_per_call=settings.decode_steps_per_call, rows=settings.rows,
+def sampling_of(settings: config.Rollout, run: Run) -> Sampling:
+    """How to sample. The size of the pool is resolved once a run, from the memory of the device, and kept in `run.meta`."""
+    sampling = Sampling(
+        run.policy.end_tokens, settings.group_size, settings.max_response_tokens, settings.temperature,
+        decode_steps_per_call=settings.decode_steps_per_call,
     )  # fmt: skip
+    resolved = run.meta["resolved"]
+    if "rows" not in resolved:
+        size = (run.policy.model, run.objective.dtype, sampling, settings.max_prompt_tokens, free_memory(run))
+        resolved["rows"], resolved["cache_bytes"] = rollout.pool_size(*size, mesh.shards(run.mesh))
+    return replace(sampling, rows=settings.rows or resolved["rows"], cache_bytes=resolved["cache_bytes"])
 
 
 def objective_of(cfg: TrainConfig, device_mesh: Mesh) -> Objective:

@@ -80,10 +80,13 @@ class PromptCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ResponseCache:
-    """Keys and values of the response tokens decoded so far, one row a response."""
+    """Keys and values of the response tokens decoded so far, one row a response, in bands of rows with room for R tokens.
 
-    k: Array  # [L, B, K, R, C]
-    v: Array  # [L, B, K, R, C]
+    The rows of the bands follow one another: B is the sum over the bands. So that one long response does not widen all.
+    """
+
+    k: tuple[Array, ...]  # [L, B of the band, K, R of the band, C]
+    v: tuple[Array, ...]  # likewise
     length: Array  # int32 [B]  tokens of each row that lie in the cache
 
 
@@ -348,12 +351,17 @@ def splash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
 
 
 def decode(
-    q: Array, k: Array, v: Array, prompt: tuple[Array, Array, Array], own: tuple[Array, Array, Array], slots: RowSlots
+    q: Array,
+    k: Array,
+    v: Array,
+    prompt: tuple[Array, Array, Array],
+    own: tuple[tuple[Array, ...], tuple[Array, ...], Array],
+    slots: RowSlots,
 ) -> Array:
     """One new token of every response row, in one layer.
 
-    q [B, H, C]; k, v [B, K, C]: the new token. `prompt` = (k [N, K, P, C], v, length [N]); `own` = (k [B, K, R, C], v,
-    length [B]): the row's earlier tokens. Returns [B, H, C].
+    q [B, H, C]; k, v [B, K, C]: the new token. `prompt` = (k [N, K, P, C], v, length [N]); `own` = (k, v, length [B]): the
+    rows' earlier tokens, k and v in bands [rows of the band, K, R, C]. Returns [B, H, C].
     """
     b, heads, c = q.shape
     kv_heads = k.shape[-2]
@@ -370,7 +378,10 @@ def decode(
         return jnp.moveaxis(x, 2, 1).reshape(n * s, kv_heads, heads // kv_heads, *x.shape[4:])[slots.slot]
 
     shared = tuple(map(by_row, _part(gathered, k_p, v_p, in_prompt)))
-    k_o, v_o, o_length = own
-    earlier = _part(rows, k_o, v_o, (jnp.arange(k_o.shape[-2]) < o_length[:, None])[:, None, None, :])
+    earlier, start = [], 0
+    for k_o, v_o in zip(*own[:2], strict=True):
+        here = slice(start, start := start + k_o.shape[0])
+        earlier.append(_part(rows[here], k_o, v_o, (jnp.arange(k_o.shape[-2]) < own[2][here, None])[:, None, None, :]))
+    earlier = tuple(map(jnp.concatenate, zip(*earlier, strict=True)))
     itself = _part(rows, k[:, :, None], v[:, :, None], jnp.ones((), bool))
     return _merge(shared, earlier, itself).reshape(b, heads, c).astype(q.dtype)

@@ -459,10 +459,17 @@ def decode_step(
 
     positions = prompts.length[group] + responses.length
     x, (k, v) = hidden(config, params, tokens, positions, attend, ((prompts.k, prompts.v), (responses.k, responses.v)))
+
     # Written once for all layers, after the scan: inside it every layer's cache would be copied to the stacked output.
-    row = jnp.arange(tokens.shape[0])
-    at = lambda cache, new: cache.at[:, row, :, responses.length].set(jnp.moveaxis(new, 0, 1), mode="drop")  # noqa: E731
-    return x, ResponseCache(at(responses.k, k), at(responses.v, v), responses.length + 1)
+    def written(bands, new):
+        start, found = 0, []
+        for cache in bands:
+            here = slice(start, start := start + cache.shape[1])
+            row, length = jnp.arange(cache.shape[1]), responses.length[here]
+            found.append(cache.at[:, row, :, length].set(jnp.moveaxis(new[:, here], 0, 1), mode="drop"))
+        return tuple(found)
+
+    return x, ResponseCache(written(responses.k, k), written(responses.v, v), responses.length + 1)
 
 
 def token_logprobs(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import learner, packing, rollout
+from grpo_jax import learner, packing, rollout, seating
 from grpo_jax.learner import Objective
 from grpo_jax.rollout import Sampling, Usage
 from models import decoder
@@ -118,10 +118,117 @@ def test_steps_per_call_change_nothing(x64, steps, n):
 
 
 @pytest.mark.parametrize(
-    "rows, n, sampling", [(2, 2, SAMPLING), (7, 5, AT_ONCE)], ids=["less than a group", "pools of two groups"]
+    "rows, n, sampling", [(2, 2, SAMPLING), (7, 5, AT_ONCE)], ids=["less than a group", "two groups and a part"]
 )
 def test_pool_size_changes_nothing(x64, rows, n, sampling):
     assert_same(draw(PROMPTS[:n], replace(sampling, rows=rows)), draw(PROMPTS)[:n])
+
+
+# ---------------------------------------------------------------- rows that come and go, bands, and want of memory
+
+
+@pytest.fixture
+def fine_bands(monkeypatch):
+    """Bands of 4, 8 and 12 tokens for `SAMPLING`, where the defaults give one."""
+    monkeypatch.setattr(seating, "_NARROWEST", 1)
+    monkeypatch.setattr(seating, "_FACTOR", 2)
+
+
+RAGGED = [[2, 12, 1], [4, 5, 3], [12, 2, 9], [1, 1, 7], [6, 3, 10]]  # runaways beside short responses
+
+
+def imposed(rows=4, lengths=RAGGED, **options):
+    """Responses of these lengths to PROMPTS, and what the pool did: groups, usage."""
+    sampling = replace(SAMPLING, rows=rows, **options)
+    return rollout.sample(MODEL, random_params(), PROMPTS, sampling, lengths=lengths)
+
+
+@pytest.fixture
+def wide(x64):
+    return imposed(rows=15)
+
+
+def test_imposed_lengths_cut_what_would_have_been_drawn_anyway(wide):
+    groups, usage = wide
+    endless = draw(PROMPTS, replace(SAMPLING, end_tokens=()))
+    for group, whole, lengths in zip(groups, endless, RAGGED, strict=True):
+        assert ids(group) == [r[:length] for r, length in zip(ids(whole), lengths, strict=True)]
+        assert group.truncated == (True, True, True)
+    assert usage.tokens == sum(map(sum, RAGGED))
+    for bad in (0, 13):
+        with pytest.raises(ValueError, match=r"1 \.\.\. 12"):
+            imposed(lengths=[[bad, 1, 1]] * 5)
+
+
+@pytest.mark.parametrize("rows, steps", [(4, 4), (7, 3)])
+def test_bands_change_nothing(wide, fine_bands, calls, rows, steps):
+    found, usage = imposed(rows, decode_steps_per_call=steps)
+    assert_same(found, wide[0])
+    pools = [pool for _, (pool, *_) in calls["_decode"]]
+    sizes = {tuple((k[1], k[3]) for k in pool.responses.k) for pool in pools}
+    assert all(sum(b for b, _ in size) <= rows for size in sizes)
+    assert any(len(size) > 1 for size in sizes)  # short rows and long ones, apart
+    assert usage.row_steps == sum(pool.hidden[0] for pool in pools) * steps
+
+
+def test_rows_that_leave_for_want_of_memory_are_drawn_again_alike(x64, fine_bands, monkeypatch):
+    left, stored, admit, store = [], [], seating.admit, rollout._store
+    monkeypatch.setattr(seating, "admit", lambda *args: (out := admit(*args), left.extend(out[2]))[0])
+    monkeypatch.setattr(rollout, "_store", lambda *args: (stored.append(np.sum(args[4] < len(args[1]))), store(*args))[1])
+    lengths = [[12, 12, 12], [12, 12, 11], [12, 2, 12], [1, 12, 12], [12, 3, 12]]
+    expected, plain = imposed(8, lengths)
+    assert not left and sum(stored) == 5  # each prompt is computed once
+    tokens = 140  # 60 or more for prompts: eight rows fit while they have 8 tokens each, not with 12
+    found, usage = imposed(8, lengths, cache_bytes=tokens * rollout.cache_bytes_a_token(MODEL, "float64"))
+    assert_same(found, expected)
+    assert left and sum(stored) == 5 + 5
+    assert usage.tokens == plain.tokens and usage.row_steps > plain.row_steps  # what was drawn twice is not counted twice
+
+
+@pytest.fixture
+def quick_compilation():
+    """For a test that compiles many shapes of a small program and runs them little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+LENGTHS = np.random.default_rng(0)
+DRAWN = (  # tokens of 256 prompts, and of 5 responses to each
+    np.clip(np.exp(LENGTHS.normal(np.log(700), 0.5, 256)), 64, 4096).astype(int),
+    np.clip(np.exp(LENGTHS.normal(np.log(120), 0.917, (256, 5))), 8, 2048).astype(int),
+)
+
+
+def test_slots_are_used_and_shapes_few_on_lengths_like_real_ones(quick_compilation):
+    """Prompts are cut to a 64th, which changes nothing in who sits where; responses are as drawn."""
+    config = DecoderConfig("qwen2", 16, 8, 8, 1, 1, 1, 8)
+    params = decoder.init(config, jax.random.key(0))
+    prompts = [np.zeros(-(-p // 64), np.int32) for p in DRAWN[0]]
+    sampling = Sampling((0,), 5, 2048, decode_steps_per_call=16, rows=80)
+    rollout._decode.clear_cache()
+    groups, usage = rollout.sample(config, params, prompts, sampling, lengths=DRAWN[1].tolist())
+    assert [[len(r) for r in group.responses] for group in groups] == DRAWN[1].tolist()
+    print(usage.tokens / usage.row_steps, rollout._decode._cache_size())
+    assert usage.tokens == DRAWN[1].sum() and usage.tokens / usage.row_steps >= 0.93
+    assert rollout._decode._cache_size() <= 26
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        rollout.sample(MODEL, random_params(np.float32), [PROMPTS[0], PROMPTS[1][:0]], SAMPLING)
+
+
+def test_the_pool_is_as_large_as_memory_allows():
+    model, sampling = decoder.SIZES["qwen2.5-0.5b"], Sampling((1,), 5, 8192)
+    assert rollout.pool_size(model, "float32", sampling, 4096, None, 4) == (128, None)
+    token = rollout.cache_bytes_a_token(model, "bfloat16")
+    assert token == 12288
+    rows, cache = rollout.pool_size(model, "bfloat16", sampling, 4096, 20 * 10**9, 1)
+    assert cache == 8 * 10**9 and rows == cache // ((512 + 1639) * token + 16 * model.vocab) == 277
+    assert rollout.pool_size(model, "bfloat16", sampling, 4096, 20 * 10**9, 4) == (4 * 277, cache)
+    assert rollout.pool_size(model, "bfloat16", sampling, 4096, 10**12, 1)[0] == 1024
+    assert rollout.pool_size(model, "bfloat16", sampling, 4096, -1, 1) == (1, 0)
 
 
 def test_prefilling_in_parts_changes_nothing(x64, monkeypatch):
@@ -392,11 +499,11 @@ def test_prompts_are_computed_once_and_leave_with_their_last_row(calls):
     # 4 prompts of bucket 3, not 8.
     [((_, _, tokens, _), (cache, hidden))] = calls["_prefill"]
     assert tokens == (4, 3) and cache.k == (2, 4, 2, 3, 4) and hidden == (4, 16)
-    # 8 rows; then 6 (the prompt [14] leaves, 3 prompts are kept in 4 places); then 4 of 2 prompts, with room for all 6 tokens.
+    # 8 rows; then 6 (the prompt [14] leaves, 3 prompts are kept in 4 places); then 4 of 2 prompts.
     pools = [pool for _, (pool, *_) in calls["_decode"]]
-    assert [p.responses.k for p in pools] == [(2, 8, 2, 4, 4), (2, 6, 2, 4, 4), (2, 4, 2, 6, 4)]
+    assert [p.responses.k for p in pools] == [((2, 8, 2, 6, 4),), ((2, 6, 2, 6, 4),), ((2, 4, 2, 6, 4),)]
     assert [p.prompts.k for p in pools] == [(2, 4, 2, 3, 4), (2, 4, 2, 3, 4), (2, 2, 2, 3, 4)]
-    assert [p.slots.row for p in pools] == [(4, 2), (4, 2), (2, 2)]
+    assert [seats.slots.row for (*_, seats), _ in calls["_decode"]] == [(4, 2), (4, 2), (2, 2)]
     assert len(calls["_repack"]) == 2
     assert usage == Usage(row_steps=2 * 8 + 2 * 6 + 2 * 4, tokens=2 * (6 + 1 + 3 + 6))
     assert shown == [(2, 8), (4, 8), (8, 8)]
@@ -415,9 +522,10 @@ def test_a_pool_shrinks_as_rows_of_a_group_end_one_by_one(calls):
     assert pool.prompts.length[0] < 5 and pool.responses.length[0] < 15
 
 
-def test_nothing_is_compiled_twice():
+def test_nothing_is_compiled_twice(monkeypatch):
+    monkeypatch.setattr(seating, "_NARROWEST", 2)
     params, endless = random_params(np.float32), replace(SAMPLING, end_tokens=())
-    functions = (rollout._prefill, rollout._decode, rollout._repack, rollout._row_keys)
+    functions = (rollout._prefill, rollout._decode, rollout._repack, rollout._store, rollout._arrange, rollout._row_keys)
     rollout._decode.clear_cache()
     rollout.sample(MODEL, params, PROMPTS, endless)
     assert rollout._decode._cache_size() == 2  # room for 8 tokens and for 12, in three calls
@@ -436,7 +544,8 @@ def test_no_prompts_are_no_groups():
 ON_A_MESH = """
 import jax, numpy as np
 jax.config.update("jax_enable_x64", True)
-from grpo_jax import config, mesh, rollout
+from dataclasses import replace
+from grpo_jax import config, mesh, rollout, seating
 from test_rollout import AT_ONCE, MODEL, PROMPTS, SAMPLING, assert_same, random_params
 
 split = []
@@ -457,12 +566,17 @@ found, usage = rollout.sample(MODEL, placed, PROMPTS, SAMPLING, mesh=devices, ro
 assert_same(found, expected)
 assert split[0] == (((8, 12), (2, 12)), ((8,), (2,))), split[0]
 for pool in split[1:]:
-    (_, rows, *_), part = pool.responses.k
+    [((_, rows, *_), part)] = pool.responses.k
     assert part[1] * 4 == rows
     assert pool.hidden[1][0] * 4 == rows
     (_, prompts, *_), part = pool.prompts.k
     assert part[1] * 4 == prompts
-assert split[1].responses.k[0][1] == 16 and usage.row_steps % 16 == 0
+assert split[1].responses.k[0][0][1] == 16 and usage.row_steps % 16 == 0
+seating._NARROWEST, seating._FACTOR = 1, 2
+found, _ = rollout.sample(MODEL, placed, PROMPTS, replace(SAMPLING, rows=8), mesh=devices, row_axes=mesh.ROW_AXES)
+assert_same(found, expected)
+bands = {tuple(shape[1] for shape, _ in pool.responses.k) for pool in split[1:] if hasattr(pool, "responses")}
+assert (4, 4) in bands and all(b % 4 == 0 for sizes in bands for b in sizes), bands
 print("the same")
 """
 

@@ -9,16 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from data.example import make
-from grpo_jax import config, inputs, metrics, reward, train
+from grpo_jax import config, inputs, mesh, metrics, reward, rollout, train
 from grpo_jax.config import TrainConfig
 from grpo_jax.group import Group
 from grpo_jax.inputs import Task
-from models import hf
+from grpo_jax.learner import Objective
+from models import decoder, hf
 from scripts import export_hf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -261,6 +263,8 @@ def refused(capsys, *arguments: str) -> str:
         (["--rollout.top_p", "0.9"], "--rollout.top_p must be 1"),
         (["--rollout.top_k", "5"], "--rollout.top_k 0"),
         (["--rollout.temperature", "0"], "above 0"),
+        (["--run.seed", "-1"], "--run.seed -1 must lie in 0 ... 2147483647"),
+        (["--run.seed", "2147483648"], "--run.seed 2147483648 must"),
         (["--reward.kind", "binry"], "did you mean 'binary'?"),
         (["--learner.tokens_per_microbatch", "100"], "raise it"),
         (["--model.path", ""], "--model.path is missing"),
@@ -409,3 +413,22 @@ def test_responses_are_judged_as_they_were_sampled(tiny_model):
     task = Task(make([], [], [{"name": "f", "arguments": {"a": "yes , no ?"}}], "test"), ids[:1])
     texts, scored = train.score(policy, [task], [group], reward.resolve("binary"))
     assert texts == [[text, text]] and [s.value for s in scored[0]] == [1.0, 1.0]
+
+
+# ---------------------------------------------------------------- the sampler's pool
+
+
+def test_the_pool_is_sized_once_a_run(monkeypatch):
+    """From the memory that is free at first; a run that resumes keeps what its checkpoint says."""
+    policy = SimpleNamespace(model=decoder.SIZES["qwen2.5-0.5b"], end_tokens=(1,))
+    run = SimpleNamespace(policy=policy, objective=Objective(dtype="bfloat16"), mesh=mesh.make(config.Mesh()), meta={})
+    run.meta["resolved"] = {"device": "some"}
+    for free in (20 * 10**9, 10**9):
+        monkeypatch.setattr(train, "free_memory", lambda run, free=free: free)
+        sampling = train.sampling_of(config.Rollout(), run)
+        assert sampling.cache_bytes == 8 * 10**9
+        assert (
+            sampling.rows == rollout.pool_size(policy.model, "bfloat16", sampling, 4096, 20 * 10**9, mesh.shards(run.mesh))[0]
+        )
+        assert run.meta["resolved"] == {"device": "some", "rows": sampling.rows, "cache_bytes": sampling.cache_bytes}
+    assert train.sampling_of(config.Rollout(rows=7), run).rows == 7

@@ -192,8 +192,9 @@ def test_bfloat16_stays_near_float64():
     np.testing.assert_allclose(np.asarray(out[0], np.float64), dense(q, k, v, mask), rtol=0, atol=0.03)
 
 
-@pytest.mark.parametrize("slots_per_group", [1, 2, 5])
-def test_decode_equals_a_softmax_over_prompt_own_tokens_and_itself(x64, slots_per_group):
+@pytest.mark.parametrize("slots_per_group, wide_rows", [(1, 0), (2, 2), (5, 7)])
+def test_decode_equals_a_softmax_over_prompt_own_tokens_and_itself(x64, slots_per_group, wide_rows):
+    """The last `wide_rows` rows lie in a band with more room."""
     rng = np.random.default_rng(7)
     n, s, p, r = 4, slots_per_group, 6, 5
     p_length = np.array([6, 1, 3, 4])
@@ -207,10 +208,16 @@ def test_decode_equals_a_softmax_over_prompt_own_tokens_and_itself(x64, slots_pe
     # What lies beyond the lengths is rubbish of earlier rows, and must not be seen.
     k_p, v_p = (3 * rng.normal(size=(n, K, p, C)) for _ in range(2))
     k_o, v_o = (3 * rng.normal(size=(b, K, r, C)) for _ in range(2))
+    spare = 3 * rng.normal(size=(wide_rows, K, 4, C))
+
+    def bands(x):
+        cut = b - wide_rows
+        return tuple(map(jnp.asarray, (x[:cut], np.concatenate([x[cut:], spare], 2)) if wide_rows else (x,)))
+
     out = decode(
         *map(jnp.asarray, (q, k, v)),
         tuple(map(jnp.asarray, (k_p, v_p, p_length))),
-        tuple(map(jnp.asarray, (k_o, v_o, o_length))),
+        (bands(k_o), bands(v_o), jnp.asarray(o_length)),
         RowSlots(jnp.asarray(row.reshape(n, s)), jnp.asarray(live)),
     )
     for i in range(b):
