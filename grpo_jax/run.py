@@ -179,13 +179,13 @@ class Clock:
         }
 
 
-def free_memory(run: Run) -> int | None:
-    """Bytes that are free on the first device beside the state and a copy of the weights to compute with; None: not told."""
-    stats = run.mesh.local_devices[0].memory_stats() or {}
+def free_memory(params: Params, dtype: str, mesh: Mesh) -> int | None:
+    """Bytes that are free on the first device beside a copy of the weights to compute with; None where it is not told."""
+    stats = mesh.local_devices[0].memory_stats() or {}
     if not {"bytes_limit", "bytes_in_use"} <= stats.keys():
         return None
-    copy = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(run.state["params"]))
-    return stats["bytes_limit"] - stats["bytes_in_use"] - copy * jnp.dtype(run.objective.dtype).itemsize
+    copy = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(params))
+    return stats["bytes_limit"] - stats["bytes_in_use"] - copy * jnp.dtype(dtype).itemsize
 
 
 def memory() -> dict[str, float]:

@@ -113,8 +113,10 @@ def sampling_of(settings: config.Rollout, run: Run) -> Sampling:
     )  # fmt: skip
     resolved = run.meta["resolved"]
     if "rows" not in resolved:
-        size = (run.policy.model, run.objective.dtype, sampling, settings.max_prompt_tokens, free_memory(run))
-        resolved["rows"], resolved["cache_bytes"] = rollout.pool_size(*size, mesh.shards(run.mesh))
+        free = free_memory(run.state["params"], run.objective.dtype, run.mesh)
+        resolved["rows"], resolved["cache_bytes"] = rollout.pool_size(
+            run.policy.model, run.objective.dtype, sampling, settings.max_prompt_tokens, free, mesh.shards(run.mesh)
+        )
     return replace(sampling, rows=settings.rows or resolved["rows"], cache_bytes=resolved["cache_bytes"])
 
 

@@ -47,7 +47,7 @@ from grpo_jax.group import Group
 from grpo_jax.learner import Objective
 from grpo_jax.packing import Pack
 from grpo_jax.rollout import Sampling
-from grpo_jax.run import Clock
+from grpo_jax.run import Clock, free_memory
 from models import attention, decoder, hf
 from models.decoder import DecoderConfig, Params
 from scripts import peers
@@ -89,8 +89,8 @@ class Args:
     """What the backward pass computes again, as --learner.remat."""
     attention: Literal["auto", "tiles", "cudnn", "splash"] = "auto"
     """The kernel of attention in learning, as --learner.attention."""
-    rows: int = 512
-    """Responses decoded at once, at most."""
+    rows: int | None = None
+    """Responses decoded at once, as --rollout.rows; left out, the memory of the device decides."""
     decode_steps_per_call: int = 32
     """Tokens decoded between two looks of the host."""
     against: tuple[Literal["copied", "transformers", "trl"], ...] = ()
@@ -127,8 +127,6 @@ def prepare(args: Args) -> Bench:
     for name in ("layers", "prompts", "group_size", "prompt_tokens", "response_tokens", "repeats"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be at least 1")
-    if args.drawn and {"rollout", "step"} & set(args.sections):
-        raise ValueError("--drawn: the sampler makes responses of one length only; take it with update, logprob or attention")
     for name, section in PEER_SECTIONS.items():
         if name in args.against:
             require_peer(args, name, section)
@@ -211,16 +209,16 @@ def sample(bench: Bench, groups: Sequence[Group], seed: int, most: int | None = 
     args, model = bench.args, bench.model
     wanted = [[min(len(r), most or len(r)) for r in g.responses] for g in groups]
     sampling = Sampling(
-        (), len(wanted[0]), max(map(max, wanted)), args.temperature,
-        decode_steps_per_call=args.decode_steps_per_call, rows=args.rows,
+        (), len(wanted[0]), max(map(max, wanted)), args.temperature, decode_steps_per_call=args.decode_steps_per_call
     )  # fmt: skip
-    # The one place that imposes lengths: nothing ends a turn, so every response runs to the limit.
+    free = free_memory(bench.state["params"], bench.objective.dtype, bench.mesh)
+    longest = max(len(g.prompt) for g in groups)
+    rows, cache = rollout.pool_size(model, bench.objective.dtype, sampling, longest, free, mesh.shards(bench.mesh))
+    sampling = replace(sampling, rows=args.rows or rows, cache_bytes=cache)
     made, usage = rollout.sample(
         model, learner.cast(bench.state["params"], bench.objective.dtype), [g.prompt for g in groups], sampling,
-        seed=seed, mesh=bench.mesh, row_axes=mesh.ROW_AXES,
+        seed=seed, mesh=bench.mesh, row_axes=mesh.ROW_AXES, lengths=wanted,
     )  # fmt: skip
-    if [[len(r) for r in g.responses] for g in made] != wanted:
-        raise RuntimeError("the sampler did not make responses of the wanted lengths")
     advised = [replace(g, advantages=given.advantages) for g, given in zip(made, groups, strict=True)]
     return advised, {"slot_utilization": usage.tokens / usage.row_steps, "response_tokens": usage.tokens}
 

@@ -145,7 +145,6 @@ def test_the_model_cut_and_the_wrong_command_lines(tiny_model, monkeypatch):
     for args, message in [
         (Args(()), "at least one section"),
         (Args(("update",), prompts=0), "--prompts 0"),
-        (Args(("step",), drawn=True), "--drawn"),
         (Args(("update",), model="nowhere"), "no such folder"),
         (Args(("update",), layers=0), "--layers 0"),
         (Args(("update",), model=tiny_model, against=("trl",)), "section step"),
