@@ -33,9 +33,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax import seating
 from grpo_jax.group import Group
+from grpo_jax.mesh import by_rows
 from grpo_jax.packing import bucket
 from grpo_jax.seating import Limits, Name, Shape, Swap
-from models import decoder
+from models import attention, decoder
 from models.attention import PromptCache, ResponseCache, RowSlots, wide
 from models.decoder import DecoderConfig, Params
 
@@ -116,6 +117,7 @@ class _Job:
     limits: Limits
     mesh: Mesh | None
     row_axes: tuple[str, ...]
+    kernel: str  # of the prompts' attention, see models.attention.in_rows
 
     def room(self, name: Name) -> int:
         """Tokens that the response may have."""
@@ -132,6 +134,7 @@ def sample(
     step: int = 0,
     mesh: Mesh | None = None,
     row_axes: tuple[str, ...] = (),
+    kernel: str = "plain",
     lengths: Sequence[Sequence[int]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Group], Usage]:
@@ -140,8 +143,9 @@ def sample(
     With a mesh, rows and prompts are split over its axes `row_axes`; the parameters stay where they are. Log-probs are of
     the distribution that was sampled (logits / temperature, cut by top-k and top-p where they are on), or, when greedy, of
     the model's. A prompt that occurs twice in one call gets other samples the second time ("attempt" in its key).
-    `lengths` [N][G], for benchmarks and tests, imposes the tokens of each response: it is cut there, an end token before
-    does not end it. Raises ValueError for an empty prompt and for a length outside of 1 ... max_response_tokens.
+    `kernel` computes the attention of the prompts (models.attention.in_rows). `lengths` [N][G], for benchmarks and tests,
+    imposes the tokens of each response: it is cut there, an end token before does not end it. Raises ValueError for an empty
+    prompt and for a length outside of 1 ... max_response_tokens.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} is empty: a response needs a token to follow")
@@ -150,14 +154,14 @@ def sample(
     if not prompts:
         return [], Usage(0, 0)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    job = _job(config, params, prompts, sampling, order, (seed, step), mesh, row_axes, lengths)
+    job = _job(config, params, prompts, sampling, order, (seed, step), mesh, row_axes, kernel, lengths)
     g, total = sampling.group_size, len(prompts) * sampling.group_size
     book = _Book(deque((rank, j) for rank in range(len(prompts)) for j in range(g)), [g] * len(prompts))
     pool = None
-    cut = sampling.temperature, sampling.top_p, sampling.top_k
+    cut, by_layer = (sampling.temperature, sampling.top_p, sampling.top_k), _by_layer(params)
     while book.live or book.waiting:
         pool = _admit(job, book, pool)
-        pool, tokens, logp = _decode(config, cut, job.limits.steps, params, pool, _seats(job, book))
+        pool, tokens, logp = _decode(config, cut, job.limits.steps, by_layer, pool, _seats(job, book))
         _collect(job, book, np.asarray(tokens), np.asarray(logp))  # waits for the device
         progress(len(book.truncated), total)
     groups = dict(zip(order, (_group(job, book, rank) for rank in range(len(prompts))), strict=True))
@@ -165,7 +169,7 @@ def sample(
     return in_order, Usage(book.row_steps, sum(group.response_tokens for group in in_order))
 
 
-def _job(config, params, prompts, sampling, order, origin, mesh, row_axes, lengths) -> _Job:
+def _job(config, params, prompts, sampling, order, origin, mesh, row_axes, kernel, lengths) -> _Job:
     """See `sample`; `order` has the indices of the prompts as they queue."""
     n, g, limit = len(prompts), sampling.group_size, sampling.max_response_tokens
     steps = min(sampling.decode_steps_per_call, limit)
@@ -177,7 +181,7 @@ def _job(config, params, prompts, sampling, order, origin, mesh, row_axes, lengt
     words = np.array([[*identities[i][:2], j, identities[i][2]] for i in order for j in range(g)], np.uint32).reshape(-1, 4)
     keys = np.asarray(_row_keys(origin, words)).reshape(n, g, -1)
     imposed = None if lengths is None else [lengths[i] for i in order]
-    return _Job(config, params, sampling, [prompts[i] for i in order], imposed, keys, limits, mesh, row_axes)
+    return _Job(config, params, sampling, [prompts[i] for i in order], imposed, keys, limits, mesh, row_axes, kernel)
 
 
 def _identities(prompts: Sequence[np.ndarray]) -> list[tuple[int, int, int]]:
@@ -249,7 +253,8 @@ def _prefill_new(job: _Job, book: _Book, pool: _Pool) -> _Pool:
             tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
             places[i] = book.places[rank] = free.pop(0)
         new = new[size:]
-        made = _prefill(job.config, job.params, *jax.device_put((tokens, lengths), split))
+        kernel = "plain" if width % 128 and job.kernel == "splash" else job.kernel
+        made = _prefill(job.config, kernel, job.mesh, job.params, *jax.device_put((tokens, lengths), split))
         prompts, last = _store(pool.prompts, pool.last, *made, places)
         pool = replace(pool, prompts=prompts, last=last)
     return pool
@@ -311,28 +316,34 @@ def _group(job: _Job, book: _Book, rank: int) -> Group:
 
 def _empty(job: _Job, shape: Shape) -> _Pool:
     config, dtype = job.config, job.params["embed"].dtype
-    zeros = lambda n, tokens: jnp.zeros((config.layers, n, config.kv_heads, tokens, config.head_dim), dtype)  # noqa: E731
+    zeros = lambda n, tokens: jnp.zeros((n, config.kv_heads, tokens, config.head_dim), dtype)  # noqa: E731
+    layers = range(config.layers)
     sizes = [(b, w) for b, w in zip(shape.bands, job.limits.widths, strict=True) if b]
-    # Keys and values are two buffers, not one twice: the pool is donated.
-    prompts = PromptCache(*(zeros(shape.prompts, shape.width) for _ in "kv"), jnp.ones(shape.prompts, jnp.int32))
-    rows = sum(shape.bands)
-    responses = ResponseCache(*(tuple(zeros(*size) for size in sizes) for _ in "kv"), jnp.zeros(rows, jnp.int32))
+    # Each is a buffer of its own, none one twice: the pool is donated.
+    caches = (tuple(zeros(shape.prompts, shape.width) for _ in layers) for _ in "kv")
+    prompts, rows = PromptCache(*caches, jnp.ones(shape.prompts, jnp.int32)), sum(shape.bands)
+    caches = (tuple(tuple(zeros(*size) for size in sizes) for _ in layers) for _ in "kv")
+    responses = ResponseCache(*caches, jnp.zeros(rows, jnp.int32))
     return _Pool(
         jnp.zeros((rows, config.d_model), dtype), jnp.zeros((shape.prompts, config.d_model), dtype), prompts, responses
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _prefill(config: DecoderConfig, params: Params, tokens: Array, lengths: Array) -> tuple[PromptCache, Array]:
-    return decoder.prefill(config, params, tokens, lengths)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _prefill(
+    config: DecoderConfig, kernel: str, mesh: Mesh | None, params: Params, tokens: Array, lengths: Array
+) -> tuple[PromptCache, Array]:
+    causal = by_rows(functools.partial(attention.in_rows, kernel=kernel), mesh, (config.heads, config.kv_heads))
+    return decoder.prefill(config, params, tokens, lengths, causal)
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
 def _store(prompts: PromptCache, last: Array, new: PromptCache, hidden: Array, places: Array) -> tuple[PromptCache, Array]:
     """Writes prompts into their places; out of range: nowhere."""
-    at = lambda cache, part: cache.at[:, places, :, : part.shape[3]].set(part, mode="drop")  # noqa: E731
+    at = lambda cache, part: cache.at[places, :, : part.shape[2]].set(part, mode="drop")  # noqa: E731
+    k, v = (jax.tree.map(at, *caches) for caches in ((prompts.k, new.k), (prompts.v, new.v)))
     length = prompts.length.at[places].set(new.length, mode="drop")
-    return PromptCache(at(prompts.k, new.k), at(prompts.v, new.v), length), last.at[places].set(hidden, mode="drop")
+    return PromptCache(k, v, length), last.at[places].set(hidden, mode="drop")
 
 
 @jax.jit
@@ -341,11 +352,16 @@ def _arrange(hidden: Array, last: Array, source: Array) -> Array:
     return jnp.concatenate([hidden, last])[source]
 
 
+_by_layer = jax.jit(decoder.by_layer)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _decode(
     config: DecoderConfig, cut: tuple[float, float, int], steps: int, params: Params, pool: _Pool, seats: _Seats
 ) -> tuple[_Pool, Array, Array]:
     """Draws `steps` tokens for every row: (pool, tokens [steps, B], logp [steps, B]). The pool is donated.
+
+    The parameters are those of `_by_layer`.
 
     `cut` is (temperature, top_p, top_k), and not all of `Sampling`: nothing else of it should compile this again.
     """
@@ -363,9 +379,9 @@ def _decode(
 
 
 def _resized(cache: Array, width: int) -> Array:
-    """[L, n, K, tokens, C] with `width` tokens; what is cut off is not in use."""
-    cache = cache[:, :, :, :width]
-    return jnp.pad(cache, [(0, 0)] * 3 + [(0, width - cache.shape[3]), (0, 0)])
+    """[n, K, tokens, C] with `width` tokens; what is cut off is not in use."""
+    cache = cache[:, :, :width]
+    return jnp.pad(cache, [(0, 0)] * 2 + [(0, width - cache.shape[2]), (0, 0)])
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -375,12 +391,13 @@ def _repack(responses: ResponseCache, rows: tuple[Array, ...], widths: tuple[int
     def gathered(bands, index, width):
         start, found = 0, None
         for band in bands:
-            here = _resized(band[:, jnp.clip(index - start, 0, band.shape[1] - 1)], width)
+            here = _resized(band[jnp.clip(index - start, 0, band.shape[0] - 1)], width)
             found = here if found is None else jnp.where((index >= start)[:, None, None, None], here, found)
-            start += band.shape[1]
+            start += band.shape[0]
         return found
 
-    k, v = (tuple(gathered(x, r, w) for r, w in zip(rows, widths, strict=True)) for x in (responses.k, responses.v))
+    repacked = lambda bands: tuple(gathered(bands, r, w) for r, w in zip(rows, widths, strict=True))  # noqa: E731
+    k, v = (tuple(map(repacked, layers)) for layers in (responses.k, responses.v))
     return ResponseCache(k, v, jnp.zeros(sum(map(len, rows)), jnp.int32))
 
 
@@ -394,19 +411,23 @@ def _swap_rows(responses: ResponseCache, shape: Shape, swap: Swap) -> ResponseCa
     index = [sum(count > 0 for count in shape.bands[:band]) for band in (swap.narrow, swap.broad)]  # empty bands are not kept
     size = 4 ** max(1, math.ceil(math.log(len(swap.low), 4)))  # few sizes; the rest lies out of range and is dropped
     low, high = (np.array(x + [2**30] * (size - len(x)), np.int32) for x in (swap.low, swap.high))
-    k, v = list(responses.k), list(responses.v)
-    for bands in (k, v):
-        bands[index[0]], bands[index[1]] = _swap(bands[index[0]], bands[index[1]], low, high)
-    return ResponseCache(tuple(k), tuple(v), responses.length)
+    return _swap(responses, *index, low, high)
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1))
-def _swap(narrow: Array, broad: Array, low: Array, high: Array) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=0)
+def _swap(responses: ResponseCache, narrow: int, broad: int, low: Array, high: Array) -> ResponseCache:
     """Rows of two bands change places, as far as the narrow one reaches: neither row is longer than that."""
-    width = narrow.shape[3]
-    up = narrow.at[:, low].get(mode="fill", fill_value=0)
-    down = broad.at[:, high, :, :width].get(mode="fill", fill_value=0)
-    return narrow.at[:, low].set(down, mode="drop"), broad.at[:, high, :, :width].set(up, mode="drop")
+
+    def swapped(bands):
+        bands, width = list(bands), bands[narrow].shape[2]
+        up = bands[narrow].at[low].get(mode="fill", fill_value=0)
+        down = bands[broad].at[high, :, :width].get(mode="fill", fill_value=0)
+        bands[narrow] = bands[narrow].at[low].set(down, mode="drop")
+        bands[broad] = bands[broad].at[high, :, :width].set(up, mode="drop")
+        return tuple(bands)
+
+    k, v = (tuple(map(swapped, layers)) for layers in (responses.k, responses.v))
+    return ResponseCache(k, v, responses.length)
 
 
 def _repack_prompts(book: _Book, pool: _Pool, shape: Shape) -> _Pool:
@@ -419,17 +440,13 @@ def _repack_prompts(book: _Book, pool: _Pool, shape: Shape) -> _Pool:
 
 @functools.partial(jax.jit, static_argnums=3)
 def _resize_prompts(prompts: PromptCache, last: Array, take: Array, width: int) -> tuple[PromptCache, Array]:
-    k, v = (_resized(x[:, take], width) for x in (prompts.k, prompts.v))
+    k, v = (tuple(_resized(x[take], width) for x in layers) for layers in (prompts.k, prompts.v))
     return PromptCache(k, v, prompts.length[take]), last[take]
 
 
 def _place(job: _Job, pool: _Pool) -> _Pool:
-    """Splits rows and prompts over the mesh; the layer axis of the caches comes first."""
-    if job.mesh is None:
-        return pool
-    lead, second = (NamedSharding(job.mesh, PartitionSpec(*axes)) for axes in ([job.row_axes], [None, job.row_axes]))
-    bands = (second,) * len(pool.responses.k)
-    return jax.device_put(pool, _Pool(lead, lead, PromptCache(second, second, lead), ResponseCache(bands, bands, lead)))
+    """Splits rows and prompts over the mesh."""
+    return pool if job.mesh is None else jax.device_put(pool, NamedSharding(job.mesh, PartitionSpec(job.row_axes)))
 
 
 # ---------------------------------------------------------------- how many rows

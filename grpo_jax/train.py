@@ -163,6 +163,7 @@ def respond(
         step=step,
         mesh=run.mesh,
         row_axes=mesh.ROW_AXES,
+        kernel="plain" if run.kernel == "tiles" else run.kernel,
         progress=lambda done, total: show.phase(phase, done, total),
     )
 

@@ -72,8 +72,8 @@ PackLayout = Tiles | Rows
 class PromptCache:
     """Keys and values of N prompts in every layer; each is stored once, whatever the number of its responses."""
 
-    k: Array  # [L, N, K, P, C]
-    v: Array  # [L, N, K, P, C]
+    k: tuple[Array, ...]  # L arrays [N, K, P, C]
+    v: tuple[Array, ...]  # likewise
     length: Array  # int32 [N]  tokens of each prompt
 
 
@@ -85,8 +85,8 @@ class ResponseCache:
     The rows of the bands follow one another: B is the sum over the bands. So that one long response does not widen all.
     """
 
-    k: tuple[Array, ...]  # [L, B of the band, K, R of the band, C]
-    v: tuple[Array, ...]  # likewise
+    k: tuple[tuple[Array, ...], ...]  # of each of L layers and each band: [B of the band, K, R of the band, C]
+    v: tuple[tuple[Array, ...], ...]  # likewise
     length: Array  # int32 [B]  tokens of each row that lie in the cache
 
 
@@ -265,7 +265,7 @@ def _in_rows(q: Array, k: Array, v: Array, layout: Rows) -> Array:
     parts, begin = [], 0
     for (n, g, s), length in zip(rectangles, layout.length, strict=True):
         rows = [x[:, begin : begin + n * g * s].reshape(-1, s, *x.shape[2:]) for x in cells]
-        parts.append(_fused(*rows, length.reshape(-1), layout.kernel).reshape(len(q), n * g * s, *q.shape[2:]))
+        parts.append(in_rows(*rows, length.reshape(-1), layout.kernel).reshape(len(q), n * g * s, *q.shape[2:]))
         begin += n * g * s
     return jax.vmap(_collect)(jnp.concatenate(parts, 1), layout)
 
@@ -313,7 +313,7 @@ def _collect_backward(layout: Rows, dx: Array) -> tuple[Array, None]:
 _collect.defvjp(lambda cells, layout: (_collect(cells, layout), layout), _collect_backward)
 
 
-def _fused(q: Array, k: Array, v: Array, length: Array, kernel: str) -> Array:
+def in_rows(q: Array, k: Array, v: Array, length: Array, kernel: str) -> Array:
     """Causal attention of rows: q [B, S, H, C]; k, v [B, S, K, C]; length [B] -> [B, S, H, C], with no meaning beyond it."""
     match kernel:
         case "cudnn":  # the lengths let it skip the padding

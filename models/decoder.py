@@ -325,6 +325,12 @@ class Decoder(nnx.Module):
 
 
 @functools.cache
+def _block_and_norm(config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.GraphDef]:
+    part = lambda kind: nnx.split(nnx.eval_shape(lambda: kind(config, nnx.Rngs(0))))[0]  # noqa: E731
+    return part(Block), part(Norm)
+
+
+@functools.cache
 def _graph(config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
 
@@ -385,17 +391,24 @@ def hidden(
     """Runs the layers. tokens, positions [...] int32 -> (hidden states [..., D] after the last norm, per-layer outputs).
 
     `attend(q [..., H, C], k [..., K, C], v [..., K, C], cache) -> (o [..., H, C], out)`; `caches` has a leading axis L and
-    is handed over layer by layer, the `out`s come back stacked. `remat` says what of a layer the backward pass finds kept:
-    everything ("none"), its input and the output of its attention ("attention"), or its input alone ("full").
+    is handed over layer by layer, the `out`s come back stacked; or, where the parameters are `by_layer`, both are tuples
+    over the layers. `remat` says what of a layer the backward pass finds kept: everything ("none"), its input and the
+    output of its attention ("attention"), or its input alone ("full").
     """
-    graph, _ = _graph(config)
-    model = nnx.merge(graph, params)
-    block_graph, blocks = nnx.split(model.layers)
+    block, norm = _block_and_norm(config)
     rotation = _rotation(config, positions)
+    x, layers = params["embed"][tokens], params["layers"]
 
-    def layer(x, scanned):
-        weights, cache = scanned
-        return nnx.merge(block_graph, weights)(x, rotation, lambda q, k, v: attend(q, k, v, cache))
+    def layer(x, given):
+        weights, cache = given
+        return nnx.merge(block, weights)(x, rotation, lambda q, k, v: attend(q, k, v, cache))
+
+    if isinstance(layers, tuple):
+        outs = []
+        for given in zip(layers, caches, strict=True):
+            x, out = layer(x, given)
+            outs.append(out)
+        return nnx.merge(norm, params["norm"])(x), tuple(outs)
 
     policies = jax.checkpoint_policies
     match remat:
@@ -407,8 +420,19 @@ def hidden(
             body = jax.checkpoint(layer, policy=policies.nothing_saveable, prevent_cse=False)
         case _:
             raise ValueError(f"remat = {remat!r}: use 'none', 'attention' or 'full'")
-    x, outs = jax.lax.scan(body, model.embed[...][tokens], (blocks, caches))
-    return model.norm(x), outs
+    x, outs = jax.lax.scan(body, x, (layers, caches))
+    return nnx.merge(norm, params["norm"])(x), outs
+
+
+def by_layer(params: Params) -> Params:
+    """The parameters with a tuple of layers instead of stacked ones, for loops that use each many times.
+
+    A scan over stacked layers copies every layer's weights out before it uses them. Where few tokens pass through, as in
+    decoding, that is most of the time.
+    """
+    stacked = params["layers"]
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    return {**params, "layers": tuple(jax.tree.map(lambda x: x[i], stacked) for i in range(count))}  # noqa: B023
 
 
 def head(params: Params) -> Array:
@@ -429,14 +453,21 @@ def logits(config: DecoderConfig, params: Params, tokens: Array, lengths: Array)
     return jnp.where((positions < lengths[:, None])[..., None], unembed(params, x), 0)
 
 
-def prefill(config: DecoderConfig, params: Params, tokens: Array, lengths: Array) -> tuple[PromptCache, Array]:
-    """Prompts [N, P], right padded, lengths [N] -> (their cache, the hidden state [N, D] of each prompt's last token)."""
+def prefill(
+    config: DecoderConfig, params: Params, tokens: Array, lengths: Array, causal: Callable | None = None
+) -> tuple[PromptCache, Array]:
+    """Prompts [N, P], right padded, lengths [N] -> (their cache, the hidden state [N, D] of each prompt's last token).
+
+    `causal(q, k, v, lengths)` is the attention of rows, by default in plain XLA.
+    """
+    causal = causal or (lambda q, k, v, _: attention.causal(q, k, v))
 
     def attend(q, k, v, _):
-        return attention.causal(q, k, v), (jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3))
+        return causal(q, k, v, lengths), (jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3))
 
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     x, (k, v) = hidden(config, params, tokens, positions, attend)
+    k, v = (tuple(x[i] for i in range(config.layers)) for x in (k, v))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return PromptCache(k, v, lengths), last
 
@@ -450,26 +481,29 @@ def decode_step(
     responses: ResponseCache,
     slots: RowSlots,
 ) -> tuple[Array, ResponseCache]:
-    """One token of every row: tokens [B] int32, group [B] (which prompt) -> (hidden [B, D], the longer response cache)."""
+    """One token of every row: tokens [B] int32, group [B] (which prompt) -> (hidden [B, D], the longer response cache).
+
+    The parameters must be `by_layer`.
+    """
 
     def attend(q, k, v, cache):
-        (pk, pv), (rk, rv) = cache
-        o = attention.decode(q, k, v, (pk, pv, prompts.length), (rk, rv, responses.length), slots)
-        return o, (k, v)
+        prompt_k, prompt_v, own_k, own_v = cache
+        o = attention.decode(q, k, v, (prompt_k, prompt_v, prompts.length), (own_k, own_v, responses.length), slots)
+        o, k, v = jax.lax.optimization_barrier((o, k, v))  # the caches are read before they are written, so in place
+        return o, (written(own_k, k), written(own_v, v))
 
-    positions = prompts.length[group] + responses.length
-    x, (k, v) = hidden(config, params, tokens, positions, attend, ((prompts.k, prompts.v), (responses.k, responses.v)))
-
-    # Written once for all layers, after the scan: inside it every layer's cache would be copied to the stacked output.
     def written(bands, new):
         start, found = 0, []
         for cache in bands:
-            here = slice(start, start := start + cache.shape[1])
-            row, length = jnp.arange(cache.shape[1]), responses.length[here]
-            found.append(cache.at[:, row, :, length].set(jnp.moveaxis(new[:, here], 0, 1), mode="drop"))
+            here = slice(start, start := start + cache.shape[0])
+            found.append(cache.at[jnp.arange(cache.shape[0]), :, responses.length[here]].set(new[here], mode="drop"))
         return tuple(found)
 
-    return x, ResponseCache(written(responses.k, k), written(responses.v, v), responses.length + 1)
+    positions = prompts.length[group] + responses.length
+    caches = tuple(zip(prompts.k, prompts.v, responses.k, responses.v, strict=True))
+    x, outs = hidden(config, params, tokens, positions, attend, caches)
+    k, v = zip(*outs, strict=True)
+    return x, ResponseCache(k, v, responses.length + 1)
 
 
 def token_logprobs(

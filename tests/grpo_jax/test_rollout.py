@@ -165,7 +165,7 @@ def test_bands_change_nothing(wide, fine_bands, calls, rows, steps):
     found, usage = imposed(rows, decode_steps_per_call=steps)
     assert_same(found, wide[0])
     pools = [pool for _, (pool, *_) in calls["_decode"]]
-    sizes = {tuple((k[1], k[3]) for k in pool.responses.k) for pool in pools}
+    sizes = {tuple((k[0], k[2]) for k in pool.responses.k[0]) for pool in pools}
     assert all(sum(b for b, _ in size) <= rows for size in sizes)
     assert any(len(size) > 1 for size in sizes)  # short rows and long ones, apart
     assert usage.row_steps == sum(pool.hidden[0] for pool in pools) * steps
@@ -497,12 +497,12 @@ def test_prompts_are_computed_once_and_leave_with_their_last_row(calls):
     assert [g.truncated for g in groups] == [(True, True), (False, False), (False, False), (False, False)]
 
     # 4 prompts of bucket 3, not 8.
-    [((_, _, tokens, _), (cache, hidden))] = calls["_prefill"]
-    assert tokens == (4, 3) and cache.k == (2, 4, 2, 3, 4) and hidden == (4, 16)
+    [((*_, tokens, _), (cache, hidden))] = calls["_prefill"]
+    assert tokens == (4, 3) and cache.k == ((4, 2, 3, 4),) * 2 and hidden == (4, 16)
     # 8 rows; then 6 (the prompt [14] leaves, 3 prompts are kept in 4 places); then 4 of 2 prompts.
     pools = [pool for _, (pool, *_) in calls["_decode"]]
-    assert [p.responses.k for p in pools] == [((2, 8, 2, 6, 4),), ((2, 6, 2, 6, 4),), ((2, 4, 2, 6, 4),)]
-    assert [p.prompts.k for p in pools] == [(2, 4, 2, 3, 4), (2, 4, 2, 3, 4), (2, 2, 2, 3, 4)]
+    assert [p.responses.k for p in pools] == [(((8, 2, 6, 4),),) * 2, (((6, 2, 6, 4),),) * 2, (((4, 2, 6, 4),),) * 2]
+    assert [p.prompts.k for p in pools] == [((4, 2, 3, 4),) * 2, ((4, 2, 3, 4),) * 2, ((2, 2, 3, 4),) * 2]
     assert [seats.slots.row for (*_, seats), _ in calls["_decode"]] == [(4, 2), (4, 2), (2, 2)]
     assert len(calls["_repack"]) == 2
     assert usage == Usage(row_steps=2 * 8 + 2 * 6 + 2 * 4, tokens=2 * (6 + 1 + 3 + 6))
@@ -551,7 +551,7 @@ from test_rollout import AT_ONCE, MODEL, PROMPTS, SAMPLING, assert_same, random_
 split = []
 def watched(function, *args):
     shape = lambda x: (x.shape, x.sharding.shard_shape(x.shape))
-    split.append(jax.tree.map(shape, args[2:] if function is prefill else args[4]))
+    split.append(jax.tree.map(shape, args[4:] if function is prefill else args[4]))
     return function(*args)
 
 prefill, decode = rollout._prefill, rollout._decode
@@ -566,16 +566,16 @@ found, usage = rollout.sample(MODEL, placed, PROMPTS, SAMPLING, mesh=devices, ro
 assert_same(found, expected)
 assert split[0] == (((8, 12), (2, 12)), ((8,), (2,))), split[0]
 for pool in split[1:]:
-    [((_, rows, *_), part)] = pool.responses.k
-    assert part[1] * 4 == rows
+    [((rows, *_), part)] = pool.responses.k[0]
+    assert part[0] * 4 == rows
     assert pool.hidden[1][0] * 4 == rows
-    (_, prompts, *_), part = pool.prompts.k
-    assert part[1] * 4 == prompts
-assert split[1].responses.k[0][0][1] == 16 and usage.row_steps % 16 == 0
+    (prompts, *_), part = pool.prompts.k[0]
+    assert part[0] * 4 == prompts
+assert split[1].responses.k[0][0][0][0] == 16 and usage.row_steps % 16 == 0
 seating._NARROWEST, seating._FACTOR = 1, 2
 found, _ = rollout.sample(MODEL, placed, PROMPTS, replace(SAMPLING, rows=8), mesh=devices, row_axes=mesh.ROW_AXES)
 assert_same(found, expected)
-bands = {tuple(shape[1] for shape, _ in pool.responses.k) for pool in split[1:] if hasattr(pool, "responses")}
+bands = {tuple(shape[0] for shape, _ in pool.responses.k[0]) for pool in split[1:] if hasattr(pool, "responses")}
 assert (4, 4) in bands and all(b % 4 == 0 for sizes in bands for b in sizes), bands
 print("the same")
 """

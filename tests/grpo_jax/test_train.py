@@ -421,10 +421,12 @@ def test_responses_are_judged_as_they_were_sampled(tiny_model):
 def test_the_pool_is_sized_once_a_run(monkeypatch):
     """From the memory that is free at first; a run that resumes keeps what its checkpoint says."""
     policy = SimpleNamespace(model=decoder.SIZES["qwen2.5-0.5b"], end_tokens=(1,))
-    run = SimpleNamespace(policy=policy, objective=Objective(dtype="bfloat16"), mesh=mesh.make(config.Mesh()), meta={})
+    run = SimpleNamespace(
+        policy=policy, objective=Objective(dtype="bfloat16"), mesh=mesh.make(config.Mesh()), meta={}, state={"params": {}}
+    )
     run.meta["resolved"] = {"device": "some"}
     for free in (20 * 10**9, 10**9):
-        monkeypatch.setattr(train, "free_memory", lambda run, free=free: free)
+        monkeypatch.setattr(train, "free_memory", lambda *_, free=free: free)
         sampling = train.sampling_of(config.Rollout(), run)
         assert sampling.cache_bytes == 8 * 10**9
         assert (

@@ -179,7 +179,7 @@ def test_splash_interpreted_equals_plain_causal_attention(s):
 def test_a_kernel_that_is_not_known_is_refused():
     q, k, v = (jnp.ones((1, 128, heads, C)) for heads in (H, K, K))
     with pytest.raises(ValueError, match="use 'cudnn', 'splash' or 'plain'"):
-        attention._fused(q, k, v, jnp.ones(1, int), "flash")
+        attention.in_rows(q, k, v, jnp.ones(1, int), "flash")
 
 
 def test_bfloat16_stays_near_float64():

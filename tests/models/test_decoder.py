@@ -250,16 +250,20 @@ def test_prefill_and_decode_equal_logits_of_the_whole_sequence(x64, config):
     responses = rng.integers(0, config.vocab, (b, r))
 
     cache, last = jax.jit(decoder.prefill, static_argnums=0)(config, params, prompts, p_length)
-    assert cache.k.shape == (config.layers, n, config.kv_heads, p, config.head_dim)
+    assert [k.shape for k in cache.k] == [(n, config.kv_heads, p, config.head_dim)] * config.layers
     rubbish = 5.0 * rng.normal(size=(2, config.layers, b, config.kv_heads, r, config.head_dim))  # what earlier rows left
-    bands = [(jnp.asarray(x[:, :2]), jnp.asarray(np.concatenate([x, x], 3)[:, 2:])) for x in rubbish]  # the second wider
+    wider = np.concatenate([rubbish, rubbish], 4)  # the second band
+    bands = [
+        tuple((jnp.asarray(a[:2]), jnp.asarray(b[2:])) for a, b in zip(x, y, strict=True))
+        for x, y in zip(rubbish, wider, strict=True)
+    ]
     own = ResponseCache(*bands, jnp.zeros(b, jnp.int32))
-    step = jax.jit(decoder.decode_step, static_argnums=0)
+    step, layers = jax.jit(decoder.decode_step, static_argnums=0), decoder.by_layer(params)
     hidden = np.zeros((b, r + 1, config.d_model))
     hidden[:, 0] = np.asarray(last)[group]
     for t in range(8):
         at = np.asarray(own.length)
-        x, own = step(config, params, responses[np.arange(b), np.minimum(at, r - 1)], jnp.asarray(group), cache, own, slots)
+        x, own = step(config, layers, responses[np.arange(b), np.minimum(at, r - 1)], jnp.asarray(group), cache, own, slots)
         live = (start <= t) & (at < length)
         hidden[live, at[live] + 1] = np.asarray(x)[live]
         own = ResponseCache(own.k, own.v, jnp.where(live, own.length, at))  # a row that waits writes over its own cell
@@ -274,21 +278,19 @@ def test_prefill_and_decode_equal_logits_of_the_whole_sequence(x64, config):
 
 def test_a_full_response_cache_drops_what_does_not_fit(x64):
     params, b, r = random_params(QWEN), 2, 3
-    shape = (QWEN.layers, b, QWEN.kv_heads, r, QWEN.head_dim)
-    prompts = PromptCache(
-        jnp.zeros((QWEN.layers, 1, QWEN.kv_heads, 1, QWEN.head_dim)),
-        jnp.zeros((QWEN.layers, 1, QWEN.kv_heads, 1, QWEN.head_dim)),
-        jnp.ones(1, int),
-    )
-    full = ResponseCache((jnp.ones(shape),), (jnp.ones(shape),), jnp.array([r, 1]))
+    prompts = (jnp.zeros((1, QWEN.kv_heads, 1, QWEN.head_dim)),) * QWEN.layers
+    prompts = PromptCache(prompts, prompts, jnp.ones(1, int))
+    full = ((jnp.ones((b, QWEN.kv_heads, r, QWEN.head_dim)),),) * QWEN.layers
+    full = ResponseCache(full, full, jnp.array([r, 1]))
     slots = RowSlots(jnp.array([[0, 1]]), jnp.array([0, 1]))
     _, after = jax.jit(decoder.decode_step, static_argnums=0)(
-        QWEN, params, jnp.array([1, 2]), jnp.zeros(b, int), prompts, full, slots
+        QWEN, decoder.by_layer(params), jnp.array([1, 2]), jnp.zeros(b, int), prompts, full, slots
     )
-    [k] = after.k
-    np.testing.assert_array_equal(k[:, 0], 1)
-    np.testing.assert_array_equal(k[:, 1, :, [0, 2]], 1)
-    assert np.all(np.asarray(k[:, 1, :, 1]) != 1)
+    assert len(after.k) == QWEN.layers
+    for [k] in after.k:
+        np.testing.assert_array_equal(k[0], 1)
+        np.testing.assert_array_equal(k[1, :, [0, 2]], 1)
+        assert np.all(np.asarray(k[1, :, 1]) != 1)
 
 
 def test_remat_gives_the_same_gradient(x64):
