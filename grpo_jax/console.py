@@ -78,6 +78,11 @@ def header(title: str, rows: Sequence[tuple[str, str]], console: Console = CONSO
         _line(console)
 
 
+def note(text: str, console: Console = CONSOLE) -> None:
+    """Prints one line."""
+    _line(console, (text, "dim"), wrap=True)
+
+
 def warn(text: str, console: Console = CONSOLE) -> None:
     """Prints one warning."""
     _line(console, ("warning: ", "bold yellow"), text, wrap=True)

@@ -7,9 +7,9 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +27,10 @@ from grpo_jax.learner import Objective
 from grpo_jax.packing import Packed
 from models import hf
 from models.decoder import Params
+
+# Of |learner's - sampler's log-prob|, the mean over a step's tokens from which on it is an alarm.
+MOST_MISMATCH = 0.02
+_BEGAN = time.perf_counter()
 
 
 @dataclass
@@ -47,6 +51,7 @@ class Run:
     log: metrics.Log
     checkpoints: checkpoint.Checkpoints
     lock: IO[str]  # held while it is open
+    said: set[str] = field(default_factory=set)  # what is said once
 
 
 def open_run(
@@ -125,6 +130,20 @@ def report(run: Run, show: console.Progress, row: dict[str, Any]) -> None:
     row["learning_rate"] = float(run.schedule(max(0, taken - 1)))
     run.log.step(row)
     show.step(row)
+    if row["step"] > run.step and "started" not in run.said:
+        run.said.add("started")
+        console.note(f"the first step was done {time.perf_counter() - _BEGAN:.0f} s after the start")
+
+
+def watch(run: Run, row: Mapping[str, Any]) -> None:
+    """Warns, once a run, where the sampler's log-probs are not those of the learner: the loss takes them for the old ones."""
+    gap = row.get("rollout/logp_mismatch", 0.0)
+    if gap > MOST_MISMATCH and "mismatch" not in run.said:
+        run.said.add("mismatch")
+        console.warn(
+            f"step {row['step']}: the log-probs of sampler and learner differ by {gap:.3f} nats a token on average (alarm at "
+            f"{MOST_MISMATCH}); --learner.recompute_old_logp takes the learner's, --learner.dtype float32 brings both together"
+        )
 
 
 def finish(run: Run) -> None:

@@ -34,7 +34,7 @@ from grpo_jax.learner import Objective
 from grpo_jax.packing import Pack, Packed
 from grpo_jax.reward import Response, Reward, Scored
 from grpo_jax.rollout import Sampling, Usage
-from grpo_jax.run import Clock, Run, cache_compilations, finish, free_memory, memory, open_run, pack, padding, report
+from grpo_jax.run import Clock, Run, cache_compilations, finish, free_memory, memory, open_run, pack, padding, report, watch
 
 
 def train(cfg: TrainConfig) -> None:
@@ -76,6 +76,7 @@ def train(cfg: TrainConfig) -> None:
                 row |= validate(run, tasks.validation, sampling, score_group, show)
             run.log.rollouts(rollout_rows(step, batch, groups, texts, scored, policy))
             report(run, show, row)
+            watch(run, row)
             if step == steps or step % cfg.checkpoint.every == 0:
                 run.checkpoints.save(step, run.state, {**run.meta, "data_position": step * len(batch)})
     finish(run)

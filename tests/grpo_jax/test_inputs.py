@@ -4,7 +4,9 @@ import dataclasses
 import json
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -150,3 +152,24 @@ def test_what_may_be_0(kind):
 
 def test_prompts_are_int32(policy):
     assert load(policy, Data(path="demo"), limit=1).validation[0].prompt.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    "platform, dtype, head_dim, wanted",
+    [
+        ("cpu", "auto", 64, "tiles"),
+        ("gpu", "auto", 128, "cudnn"),
+        ("gpu", "float32", 128, "tiles"),
+        ("gpu", "bfloat16", 160, "tiles"),
+        ("tpu", "auto", 64, "splash"),
+    ],
+)
+def test_the_kernel_of_attention_follows_the_device(monkeypatch, platform, dtype, head_dim, wanted):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    model = SimpleNamespace(head_dim=head_dim)
+    assert inputs.attention_kernel(config.Learner(dtype=dtype), model) == wanted
+    for kernel in ("tiles", wanted):
+        assert inputs.attention_kernel(config.Learner(dtype=dtype, attention=kernel), model) == kernel
+    for kernel in {"cudnn", "splash"} - {wanted}:
+        with pytest.raises(ValueError, match=f"--learner.attention {kernel} (needs|computes|takes)"):
+            inputs.attention_kernel(config.Learner(dtype=dtype, attention=kernel), model)

@@ -16,6 +16,7 @@ import pytest
 
 from data.example import make
 from grpo_jax import config, inputs, mesh, metrics, reward, rollout, train
+from grpo_jax import run as run_module
 from grpo_jax.config import TrainConfig
 from grpo_jax.group import Group
 from grpo_jax.inputs import Task
@@ -434,3 +435,13 @@ def test_the_pool_is_sized_once_a_run(monkeypatch):
         )
         assert run.meta["resolved"] == {"device": "some", "rows": sampling.rows, "cache_bytes": sampling.cache_bytes}
     assert train.sampling_of(config.Rollout(rows=7), run).rows == 7
+
+
+def test_a_sampler_that_disagrees_with_the_learner_is_told_once(capsys):
+    state = SimpleNamespace(said=set())
+    for step, gap in ((1, 0.0), (2, run_module.MOST_MISMATCH), (3, 0.05), (4, 0.06)):
+        run_module.watch(state, {"step": step, "rollout/logp_mismatch": gap})
+    run_module.watch(state, {"step": 5})  # a step in which no group had anything to teach
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("warning") == 1
+    assert "step 3: the log-probs of sampler and learner differ by 0.050 nats" in said
