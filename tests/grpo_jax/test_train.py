@@ -445,3 +445,13 @@ def test_a_sampler_that_disagrees_with_the_learner_is_told_once(capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("warning") == 1
     assert "step 3: the log-probs of sampler and learner differ by 0.050 nats" in said
+
+
+def test_out_of_memory_says_what_to_lower(capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.run_main(raises(RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert "--learner.tokens_per_microbatch" in said and "allocate 9 bytes" in said
+    with pytest.raises(RuntimeError, match="another"):
+        config.run_main(raises(RuntimeError("another")))
