@@ -131,14 +131,17 @@ class Learner:
     passes: int = 1
     """Times each batch is learned from."""
     tokens_per_microbatch: int = 30720
-    """Tokens a device computes at once, prompts counted once a group. Lower if memory runs out: the result stays the same."""
+    """Tokens a device computes at once, prompts counted once a group. Lower it if memory runs out in learning: the result
+    stays the same. (The rows that attention by cudnn or splash gathers inside hold copies of the prompts beside that.)"""
     remat: Literal["none", "attention", "full"] = "attention"
-    """What the backward pass computes again: nothing (fastest where it fits), all of a layer but its attention, or all of it
-    (least memory)."""
+    """What the backward pass computes again: nothing (most memory), all of a layer but its attention, or all of it (least
+    memory). With attention by cudnn the last two are the same."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; master weights are float32. auto: float32 on CPU, bfloat16 on accelerators."""
     attention: Literal["auto", "tiles", "cudnn", "splash"] = "auto"
-    """The kernel of attention in learning. auto: cudnn on NVIDIA in bfloat16, splash on TPU, tiles (plain XLA) elsewhere."""
+    """The kernel of attention in learning, and of the prompts in sampling. auto: cudnn on NVIDIA in bfloat16, splash on TPU,
+    tiles (plain XLA) elsewhere. cudnn and splash have been compiled for such devices and not run yet: if a step fails, or
+    the alarm on log-probs sounds, take tiles."""
     recompute_old_logp: bool = False
     """Take the old log-probs from the learner's forward pass instead of the sampler's (one more forward pass a step)."""
 
@@ -364,6 +367,12 @@ def _one_line(box: str) -> str:
     return re.split(r" (?:Argument helptext|For full helptext)", text)[0] or "the command line is wrong; see --help"
 
 
+_OUT_OF_MEMORY = (
+    "the device is out of memory: halve --learner.tokens_per_microbatch, then take --learner.remat full, if it was learning; "
+    "halve --rollout.rows if it was sampling; the run resumes from its last checkpoint"
+)
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Runs a program: an error that a user can mend becomes one line on stderr and exit code 2.
 
@@ -372,6 +381,11 @@ def run_main(main: Callable[[], None]) -> None:
     """
     try:
         main()
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"error: {_OUT_OF_MEMORY} ({' '.join(str(error).split())[:200]})", file=sys.stderr)
+        raise SystemExit(2) from None
     except (ValueError, OSError) as error:
         if not isinstance(error, OSError) and not _is_ours(error):
             raise

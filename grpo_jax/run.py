@@ -132,7 +132,7 @@ def report(run: Run, show: console.Progress, row: dict[str, Any]) -> None:
     show.step(row)
     if row["step"] > run.step and "started" not in run.said:
         run.said.add("started")
-        console.note(f"the first step was done {time.perf_counter() - _BEGAN:.0f} s after the start")
+        console.note(f"the first step was done {time.perf_counter() - _BEGAN:.0f} s after the start, compilation included")
 
 
 def watch(run: Run, row: Mapping[str, Any]) -> None:
@@ -142,7 +142,7 @@ def watch(run: Run, row: Mapping[str, Any]) -> None:
         run.said.add("mismatch")
         console.warn(
             f"step {row['step']}: the log-probs of sampler and learner differ by {gap:.3f} nats a token on average (alarm at "
-            f"{MOST_MISMATCH}); --learner.recompute_old_logp takes the learner's, --learner.dtype float32 brings both together"
+            f"{MOST_MISMATCH}); try --learner.attention tiles, or, in a new run, --learner.recompute_old_logp"
         )
 
 
@@ -167,7 +167,7 @@ def finish(run: Run) -> None:
 
 
 def cache_compilations() -> None:
-    """Keeps compiled programs in ~/.cache/grpo_jax, so that a program started again compiles nothing.
+    """Keeps compiled programs in ~/.cache/grpo_jax, so that a program started again reads them.
 
     Where JAX_COMPILATION_CACHE_DIR names another folder it is that one; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
     """
@@ -199,12 +199,12 @@ class Clock:
 
 
 def free_memory(params: Params, dtype: str, mesh: Mesh) -> int | None:
-    """Bytes that are free on the first device beside a copy of the weights to compute with; None where it is not told."""
+    """Bytes that are free on the first device beside two copies of the weights, stacked and by layer; None: not told."""
     stats = mesh.local_devices[0].memory_stats() or {}
     if not {"bytes_limit", "bytes_in_use"} <= stats.keys():
         return None
     copy = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(params))
-    return stats["bytes_limit"] - stats["bytes_in_use"] - copy * jnp.dtype(dtype).itemsize
+    return stats["bytes_limit"] - stats["bytes_in_use"] - 2 * copy * jnp.dtype(dtype).itemsize
 
 
 def memory() -> dict[str, float]:

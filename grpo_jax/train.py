@@ -9,8 +9,8 @@ From a prompt to a gradient:
     learner.update          packs -> gradient, optimizer step
 
 Departures from the released Tool-N1 code: one mean over all response tokens of a mini-batch (see grpo_jax.loss); the
-sampler's log-probs serve as the old ones, since sampler and learner share weights and code, and their distance is
-measured every step.
+sampler's log-probs serve as the old ones, since sampler and learner share weights and differ by rounding only, and
+their distance is measured every step.
 """
 
 from __future__ import annotations
@@ -118,7 +118,10 @@ def sampling_of(settings: config.Rollout, run: Run) -> Sampling:
         resolved["rows"], resolved["cache_bytes"] = rollout.pool_size(
             run.policy.model, run.objective.dtype, sampling, settings.max_prompt_tokens, free, mesh.shards(run.mesh)
         )
-    return replace(sampling, rows=settings.rows or resolved["rows"], cache_bytes=resolved["cache_bytes"])
+    sampling = replace(sampling, rows=settings.rows or resolved["rows"], cache_bytes=resolved["cache_bytes"])
+    bound = "" if sampling.cache_bytes is None else f", their caches in {sampling.cache_bytes / 1e9:.3g} GB a device"
+    console.note(f"sampling: up to {sampling.rows:,} responses at once{bound} (--rollout.rows)")
+    return sampling
 
 
 def objective_of(cfg: TrainConfig, device_mesh: Mesh) -> Objective:

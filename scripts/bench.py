@@ -94,7 +94,8 @@ class Args:
     decode_steps_per_call: int = 32
     """Tokens decoded between two looks of the host."""
     against: tuple[Literal["copied", "transformers", "trl"], ...] = ()
-    """Others to time beside: copied in every section but attention, transformers in rollout, trl in step."""
+    """Others to time beside: copied in every section but attention, transformers in rollout, trl in step (these two on a CPU,
+    in float32, with a Hugging Face folder as --model)."""
     peer_rows: tuple[int, ...] = ()
     """Rows that transformers and trl compute at once: each is tried, the fastest kept. Left out: one group, and all; trl
     keeps the activations of all of them, so give it fewer where memory is short."""
