@@ -135,7 +135,7 @@ class Learner:
     stays the same. (The rows that attention by cudnn or splash gathers inside hold copies of the prompts beside that.)"""
     remat: Literal["none", "attention", "full"] = "attention"
     """What the backward pass computes again: nothing (most memory), all of a layer but its attention, or all of it (least
-    memory). With attention by cudnn the last two are the same."""
+    memory)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; master weights are float32. auto: float32 on CPU, bfloat16 on accelerators."""
     attention: Literal["auto", "tiles", "cudnn", "splash"] = "auto"

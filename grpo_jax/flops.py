@@ -30,9 +30,10 @@ def count(program: ClosedJaxpr | Jaxpr) -> int:
 
 
 def _equation(eqn: JaxprEqn) -> int:
-    name, inner = eqn.primitive.name, [count(jaxpr) for jaxpr in jaxprs_in_params(eqn.params)]
+    name = eqn.primitive.name
     if name in KERNELS:
         return KERNELS[name](eqn)
+    inner = [count(jaxpr) for jaxpr in jaxprs_in_params(eqn.params)]
     match name:
         case "scan":
             return eqn.params["length"] * sum(inner)

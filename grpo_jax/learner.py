@@ -41,7 +41,7 @@ class Objective:
     entropy_coefficient: float = 0.0
     dtype: str = "float32"  # of the forward and backward pass
     remat: str = "attention"  # what of a layer is kept for the backward pass, see models.decoder.hidden
-    head_chunk: int = 1024  # tokens whose logits exist at a time
+    head_chunk: int = 1024  # tokens whose logits a device holds at a time
     mesh: Mesh | None = None  # of the parameters and packs, where there are several devices
 
 
@@ -81,7 +81,9 @@ def _response_states(model: DecoderConfig, objective: Objective, params: Params,
 
 
 def _chunk(objective: Objective, pack: Pack) -> int:
-    return max(1, objective.head_chunk // pack.tokens.shape[0])
+    """Tokens of each row [M] at a time: rows are split over the devices of a mesh."""
+    rows = pack.tokens.shape[0] // (1 if objective.mesh is None else mesh.shards(objective.mesh))
+    return max(1, objective.head_chunk // max(1, rows))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -29,18 +29,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from grpo_jax import mesh as meshes
 from grpo_jax import seating
 from grpo_jax.group import Group
-from grpo_jax.mesh import by_rows
 from grpo_jax.packing import bucket
 from grpo_jax.seating import Limits, Name, Shape, Swap
 from models import attention, decoder
 from models.attention import PromptCache, ResponseCache, RowSlots, wide
 from models.decoder import DecoderConfig, Params
 
-_PREFILL_TOKENS = 16384  # prompt tokens prefilled by one call; bounds its attention scores
+_PREFILL_TOKENS = 16384  # prompt tokens that one call prefills on a device; bounds its attention scores
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,6 @@ class _Job:
     keys: np.ndarray  # [N, G, words]
     limits: Limits
     mesh: Mesh | None
-    row_axes: tuple[str, ...]
     kernel: str  # of the prompts' attention, see models.attention.in_rows
 
     def room(self, name: Name) -> int:
@@ -133,14 +132,13 @@ def sample(
     seed: int = 0,
     step: int = 0,
     mesh: Mesh | None = None,
-    row_axes: tuple[str, ...] = (),
     kernel: str = "plain",
     lengths: Sequence[Sequence[int]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Group], Usage]:
     """Samples `group_size` responses to each prompt (int32 ids [P]); returns the groups in the order of the prompts.
 
-    With a mesh, rows and prompts are split over its axes `row_axes`; the parameters stay where they are. Log-probs are of
+    With a mesh, rows and prompts are split over it as packs are; the parameters stay where they are. Log-probs are of
     the distribution that was sampled (logits / temperature, cut by top-k and top-p where they are on), or, when greedy, of
     the model's. A prompt that occurs twice in one call gets other samples the second time ("attempt" in its key).
     `kernel` computes the attention of the prompts (models.attention.in_rows). `lengths` [N][G], for benchmarks and tests,
@@ -154,7 +152,7 @@ def sample(
     if not prompts:
         return [], Usage(0, 0)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    job = _job(config, params, prompts, sampling, order, (seed, step), mesh, row_axes, kernel, lengths)
+    job = _job(config, params, prompts, sampling, order, (seed, step), mesh, kernel, lengths)
     g, total = sampling.group_size, len(prompts) * sampling.group_size
     book = _Book(deque((rank, j) for rank in range(len(prompts)) for j in range(g)), [g] * len(prompts))
     pool = None
@@ -169,11 +167,11 @@ def sample(
     return in_order, Usage(book.row_steps, sum(group.response_tokens for group in in_order))
 
 
-def _job(config, params, prompts, sampling, order, origin, mesh, row_axes, kernel, lengths) -> _Job:
+def _job(config, params, prompts, sampling, order, origin, mesh, kernel, lengths) -> _Job:
     """See `sample`; `order` has the indices of the prompts as they queue."""
     n, g, limit = len(prompts), sampling.group_size, sampling.max_response_tokens
     steps = min(sampling.decode_steps_per_call, limit)
-    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in row_axes)
+    shards = 1 if mesh is None else meshes.shards(mesh)
     token = cache_bytes_a_token(config, params["embed"].dtype)
     fits = None if sampling.cache_bytes is None else sampling.cache_bytes * shards // token
     limits = Limits(min(sampling.rows, n * g), n, seating.widths(limit, steps), steps, shards, fits)
@@ -181,7 +179,7 @@ def _job(config, params, prompts, sampling, order, origin, mesh, row_axes, kerne
     words = np.array([[*identities[i][:2], j, identities[i][2]] for i in order for j in range(g)], np.uint32).reshape(-1, 4)
     keys = np.asarray(_row_keys(origin, words)).reshape(n, g, -1)
     imposed = None if lengths is None else [lengths[i] for i in order]
-    return _Job(config, params, sampling, [prompts[i] for i in order], imposed, keys, limits, mesh, row_axes, kernel)
+    return _Job(config, params, sampling, [prompts[i] for i in order], imposed, keys, limits, mesh, kernel)
 
 
 def _identities(prompts: Sequence[np.ndarray]) -> list[tuple[int, int, int]]:
@@ -241,10 +239,10 @@ def _prefill_new(job: _Job, book: _Book, pool: _Pool) -> _Pool:
     new = sorted({rank for rank, _ in book.live} - book.places.keys())  # longest first
     taken, shards = set(book.places.values()), job.limits.shards
     free = [place for place in range(len(pool.last)) if place not in taken]
-    split = None if job.mesh is None else NamedSharding(job.mesh, PartitionSpec(job.row_axes))
+    split = None if job.mesh is None else meshes.rows(job.mesh)
     while new:
         width = bucket(len(job.prompts[new[0]]), 2)
-        units = max(1, min(-(-len(new) // shards), _PREFILL_TOKENS // width // shards))
+        units = max(1, min(-(-len(new) // shards), _PREFILL_TOKENS // width))
         size = shards * 2 ** (units.bit_length() - 1)
         tokens, lengths = np.zeros((size, width), np.int32), np.ones(size, np.int32)
         places = np.full(size, len(pool.last), np.int32)  # out of range: what pads the call is dropped
@@ -333,7 +331,7 @@ def _empty(job: _Job, shape: Shape) -> _Pool:
 def _prefill(
     config: DecoderConfig, kernel: str, mesh: Mesh | None, params: Params, tokens: Array, lengths: Array
 ) -> tuple[PromptCache, Array]:
-    causal = by_rows(functools.partial(attention.in_rows, kernel=kernel), mesh, (config.heads, config.kv_heads))
+    causal = meshes.by_rows(functools.partial(attention.in_rows, kernel=kernel), mesh, (config.heads, config.kv_heads))
     return decoder.prefill(config, params, tokens, lengths, causal)
 
 
@@ -446,7 +444,7 @@ def _resize_prompts(prompts: PromptCache, last: Array, take: Array, width: int) 
 
 def _place(job: _Job, pool: _Pool) -> _Pool:
     """Splits rows and prompts over the mesh."""
-    return pool if job.mesh is None else jax.device_put(pool, NamedSharding(job.mesh, PartitionSpec(job.row_axes)))
+    return pool if job.mesh is None else jax.device_put(pool, meshes.rows(job.mesh))
 
 
 # ---------------------------------------------------------------- how many rows

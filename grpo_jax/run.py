@@ -136,9 +136,10 @@ def report(run: Run, show: console.Progress, row: dict[str, Any]) -> None:
 
 
 def watch(run: Run, row: Mapping[str, Any]) -> None:
-    """Warns, once a run, where the sampler's log-probs are not those of the learner: the loss takes them for the old ones."""
+    """Warns, once a run, where the sampler's log-probs serve as the old ones and are not those of the learner."""
     gap = row.get("rollout/logp_mismatch", 0.0)
-    if gap > MOST_MISMATCH and "mismatch" not in run.said:
+    wrong = not gap <= MOST_MISMATCH  # nan too
+    if wrong and not run.config.learner.recompute_old_logp and "mismatch" not in run.said:
         run.said.add("mismatch")
         console.warn(
             f"step {row['step']}: the log-probs of sampler and learner differ by {gap:.3f} nats a token on average (alarm at "

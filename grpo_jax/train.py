@@ -166,7 +166,6 @@ def respond(
         seed=run.config.run.seed,
         step=step,
         mesh=run.mesh,
-        row_axes=mesh.ROW_AXES,
         kernel="plain" if run.kernel == "tiles" else run.kernel,
         progress=lambda done, total: show.phase(phase, done, total),
     )

@@ -178,13 +178,14 @@ def _in_tiles(q: Array, k: Array, v: Array, layout: Tiles) -> Array:
         return _heads_first(x, kv_heads)
 
     spans = tuple(jnp.pad(x, (0, padding)) for x in (layout.first, layout.prompt, layout.prompt_end))
-    o = _tiles(tile, cut(q * c**-0.5), cut(k), cut(v), spans, layout.tiles)
+    o = _tiles(tile, cut(q), cut(k), cut(v), spans, layout.tiles)
     return _heads_last(o, heads).reshape(-1, heads, c)[:t]
 
 
 def _scores(tile: int, q: Array, k: Array, spans: tuple[Array, Array, Array], pair: Array) -> Array:
     """Scores [K, g * tile, tile] of one pair of tiles [K, g * tile, C] and [K, tile, C], MASKED where a query sees no key."""
-    scores = jnp.einsum("kmc,ksc->kms", q, k, preferred_element_type=wide(q.dtype))
+    # Scaled here and not before: in bfloat16 a scaled query would be rounded once more than the sampler's.
+    scores = jnp.einsum("kmc,ksc->kms", q, k, preferred_element_type=wide(q.dtype)) * q.shape[-1] ** -0.5
     # One by one: taken from one stacked array they would be indexed anew for every score, at twice the time of the whole.
     query, key = pair[0] * tile + jnp.arange(tile)[:, None], pair[1] * tile + jnp.arange(tile)[None]
     first, prompt, prompt_end = (jax.lax.dynamic_slice_in_dim(x, pair[0] * tile, tile)[:, None] for x in spans)
@@ -241,7 +242,7 @@ def _tiles_backward(tile, saved, do):
         dq, dk, dv = carry
         i, j = jnp.maximum(pair, 0)
         weights = jnp.exp(_scores(tile, q[i], k[j], spans, pair) - log_total[i][..., None])
-        dscores = weights * (dot("kmc,ksc->kms", do[i], v[j]) - mean[i][..., None])
+        dscores = weights * (dot("kmc,ksc->kms", do[i], v[j]) - mean[i][..., None]) * q.shape[-1] ** -0.5
         weights, dscores = weights.astype(q.dtype), dscores.astype(q.dtype)
         dq = _put(dq, i, dq[i] + dot("kms,ksc->kmc", dscores, k[j]))
         dk = _put(dk, j, dk[j] + dot("kms,kmc->ksc", dscores, q[i]))
@@ -330,7 +331,7 @@ def in_rows(q: Array, k: Array, v: Array, length: Array, kernel: str) -> Array:
 def splash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
     """Causal attention by the splash kernel of TPUs (`interpret` runs it anywhere, slowly): shapes as in `causal`.
 
-    S must be a multiple of 128.
+    S must be a multiple of 128. The kernel takes no scale, so queries are scaled, and in bfloat16 rounded, before it.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 

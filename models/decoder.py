@@ -415,7 +415,10 @@ def hidden(
         case "none":
             body = layer
         case "attention":
-            body = jax.checkpoint(layer, policy=policies.save_only_these_names(attention.SAVED), prevent_cse=False)
+            # cuDNN's call does not name what it keeps, so it is known by its primitive.
+            fused = lambda primitive, *_, **__: primitive.name == "dot_product_attention_fwd_wrapper"  # noqa: E731
+            kept = policies.save_from_both_policies(policies.save_only_these_names(attention.SAVED), fused)
+            body = jax.checkpoint(layer, policy=kept, prevent_cse=False)
         case "full":
             body = jax.checkpoint(layer, policy=policies.nothing_saveable, prevent_cse=False)
         case _:

@@ -115,6 +115,7 @@ class Bench:
     objective: Objective
     kernel: str  # of attention in learning
     groups: list[Group]  # with random responses and advantages
+    free: int | None  # bytes for caches, as at first: later, what else is held would change the size of the pool
     state: dict[str, Any]  # "params" and, once an update wants it, "optimizer"; updates replace them
 
 
@@ -125,7 +126,8 @@ def prepare(args: Args) -> Bench:
     """The model and the groups. Raises ValueError or FileNotFoundError for what a user can mend."""
     if not args.sections:
         raise ValueError("name at least one section: rollout, update, logprob, attention or step")
-    for name in ("layers", "prompts", "group_size", "prompt_tokens", "response_tokens", "repeats"):
+    counts = ("layers", "prompts", "group_size", "prompt_tokens", "response_tokens", "repeats")
+    for name in (*counts, "tokens_per_microbatch", "rows", "decode_steps_per_call"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be at least 1")
     for name, section in PEER_SECTIONS.items():
@@ -139,7 +141,8 @@ def prepare(args: Args) -> Bench:
         mesh=device_mesh,
     )  # fmt: skip
     kernel = inputs.attention_kernel(settings, model)
-    return Bench(args, model, device_mesh, objective, kernel, make_groups(args, model), {"params": params})
+    free = free_memory(params, objective.dtype, device_mesh)
+    return Bench(args, model, device_mesh, objective, kernel, make_groups(args, model), free, {"params": params})
 
 
 def require_peer(args: Args, name: str, section: Section) -> None:
@@ -212,13 +215,12 @@ def sample(bench: Bench, groups: Sequence[Group], seed: int, most: int | None = 
     sampling = Sampling(
         (), len(wanted[0]), max(map(max, wanted)), args.temperature, decode_steps_per_call=args.decode_steps_per_call
     )  # fmt: skip
-    free = free_memory(bench.state["params"], bench.objective.dtype, bench.mesh)
     longest = max(len(g.prompt) for g in groups)
-    rows, cache = rollout.pool_size(model, bench.objective.dtype, sampling, longest, free, mesh.shards(bench.mesh))
+    rows, cache = rollout.pool_size(model, bench.objective.dtype, sampling, longest, bench.free, mesh.shards(bench.mesh))
     sampling = replace(sampling, rows=args.rows or rows, cache_bytes=cache)
     made, usage = rollout.sample(
         model, learner.cast(bench.state["params"], bench.objective.dtype), [g.prompt for g in groups], sampling,
-        seed=seed, mesh=bench.mesh, row_axes=mesh.ROW_AXES, lengths=wanted,
+        seed=seed, mesh=bench.mesh, lengths=wanted,
         kernel="plain" if bench.kernel == "tiles" else bench.kernel,
     )  # fmt: skip
     advised = [replace(g, advantages=given.advantages) for g, given in zip(made, groups, strict=True)]

@@ -22,7 +22,7 @@ from rich.progress import track
 
 from data import demo, prompt
 from data.example import Example
-from grpo_jax import config, inputs, learner, mesh, rollout, sft
+from grpo_jax import config, inputs, learner, mesh, packing, rollout, sft
 from grpo_jax.config import DEMO_MODEL
 from grpo_jax.console import CONSOLE
 from grpo_jax.inputs import Policy, Task
@@ -97,12 +97,13 @@ def stage(
     template = prompt.load_template(demo.TEMPLATE)
     optimizer, _ = learner.make_optimizer(config.Optimizer(rate, "cosine", warmup=0.03, b2=0.98), steps)
     objective = learner.Objective("cross_entropy", head_chunk=4096)
-    state = optimizer.init(params)
+    state = learner.init_state(optimizer, params)
     rows = demo.sft_rows(steps * ROWS, seed, careless)
     device_mesh, began = mesh.make(config.Mesh()), time.perf_counter()
     for step in track(range(steps), label, console=CONSOLE):
         batch = [task(policy, e, template, whole) for e in rows[step * ROWS : (step + 1) * ROWS]]
-        packs, _ = sft.pack(batch, 1 << 14, device_mesh)
+        packed = packing.pack([sft.group_of(one) for one in batch], 1 << 14, mesh.shards(device_mesh))
+        packs = [packing.place(one, mesh.rows(device_mesh)) for one in packed.packs]
         params, state, sums = learner.update(policy.model, objective, optimizer, params, state, packs)
         if step % 100 == 99 or step == steps - 1:
             loss, seconds = float(sums["loss"] / sums["count"]), time.perf_counter() - began

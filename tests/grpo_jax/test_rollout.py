@@ -562,7 +562,7 @@ assert dict(devices.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
 placed = jax.device_put(params, mesh.shardings(devices, MODEL))
 assert placed["embed"].sharding.shard_shape(placed["embed"].shape) == (17, 8)
 del split[:]
-found, usage = rollout.sample(MODEL, placed, PROMPTS, SAMPLING, mesh=devices, row_axes=mesh.ROW_AXES)
+found, usage = rollout.sample(MODEL, placed, PROMPTS, SAMPLING, mesh=devices)
 assert_same(found, expected)
 assert split[0] == (((8, 12), (2, 12)), ((8,), (2,))), split[0]
 for pool in split[1:]:
@@ -573,7 +573,7 @@ for pool in split[1:]:
     assert part[0] * 4 == prompts
 assert split[1].responses.k[0][0][0][0] == 16 and usage.row_steps % 16 == 0
 seating._NARROWEST, seating._FACTOR = 1, 2
-found, _ = rollout.sample(MODEL, placed, PROMPTS, replace(SAMPLING, rows=8), mesh=devices, row_axes=mesh.ROW_AXES)
+found, _ = rollout.sample(MODEL, placed, PROMPTS, replace(SAMPLING, rows=8), mesh=devices)
 assert_same(found, expected)
 bands = {tuple(shape[0] for shape, _ in pool.responses.k[0]) for pool in split[1:] if hasattr(pool, "responses")}
 assert (4, 4) in bands and all(b % 4 == 0 for sizes in bands for b in sizes), bands

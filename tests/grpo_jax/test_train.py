@@ -438,13 +438,15 @@ def test_the_pool_is_sized_once_a_run(monkeypatch):
 
 
 def test_a_sampler_that_disagrees_with_the_learner_is_told_once(capsys):
-    state = SimpleNamespace(said=set())
-    for step, gap in ((1, 0.0), (2, run_module.MOST_MISMATCH), (3, 0.05), (4, 0.06)):
+    settings = lambda again: SimpleNamespace(learner=config.Learner(recompute_old_logp=again))  # noqa: E731
+    state = SimpleNamespace(said=set(), config=settings(False))
+    run_module.watch(SimpleNamespace(said=set(), config=settings(True)), {"step": 0, "rollout/logp_mismatch": 0.5})
+    for step, gap in ((1, 0.0), (2, run_module.MOST_MISMATCH), (3, float("nan")), (4, 0.06)):
         run_module.watch(state, {"step": step, "rollout/logp_mismatch": gap})
     run_module.watch(state, {"step": 5})  # a step in which no group had anything to teach
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("warning") == 1
-    assert "step 3: the log-probs of sampler and learner differ by 0.050 nats" in said
+    assert "step 3: the log-probs of sampler and learner differ by nan nats" in said
 
 
 def test_out_of_memory_says_what_to_lower(capsys):
