@@ -65,7 +65,8 @@ def new_policy(args: Args) -> tuple[Policy, Params]:
         "qwen2", len(tokenizer), d, 5 * d // 2, args.layers, heads, heads // 2, c,
         rope_theta=1e4, max_positions=2048, eos_token_ids=(tokenizer.eos_token_id,),
     )  # fmt: skip
-    return Policy("", model, tokenizer, (tokenizer.eos_token_id,)), decoder.init(model, jax.random.key(0))
+    params = jax.device_put(decoder.init(model, jax.random.key(0)), mesh.shardings(mesh.make(config.Mesh()), model))
+    return Policy("", model, tokenizer, (tokenizer.eos_token_id,)), params
 
 
 def load(folder: Path) -> tuple[Policy, Params]:
