@@ -392,8 +392,9 @@ def hidden(
 
     `attend(q [..., H, C], k [..., K, C], v [..., K, C], cache) -> (o [..., H, C], out)`; `caches` has a leading axis L and
     is handed over layer by layer, the `out`s come back stacked; or, where the parameters are `by_layer`, both are tuples
-    over the layers. `remat` says what of a layer the backward pass finds kept: everything ("none"), its input and the
-    output of its attention ("attention"), or its input alone ("full").
+    over the layers. `remat` says what of a layer the backward pass finds kept: everything ("none"), its products with
+    weights and the output of its attention ("elementwise" parts are computed again), its input and the output of its
+    attention ("attention"), or its input alone ("full").
     """
     block, norm = _block_and_norm(config)
     rotation = _rotation(config, positions)
@@ -411,18 +412,14 @@ def hidden(
         return nnx.merge(norm, params["norm"])(x), tuple(outs)
 
     policies = jax.checkpoint_policies
-    match remat:
-        case "none":
-            body = layer
-        case "attention":
-            # cuDNN's call does not name what it keeps, so it is known by its primitive.
-            fused = lambda primitive, *_, **__: primitive.name == "dot_product_attention_fwd_wrapper"  # noqa: E731
-            kept = policies.save_from_both_policies(policies.save_only_these_names(attention.SAVED), fused)
-            body = jax.checkpoint(layer, policy=kept, prevent_cse=False)
-        case "full":
-            body = jax.checkpoint(layer, policy=policies.nothing_saveable, prevent_cse=False)
-        case _:
-            raise ValueError(f"remat = {remat!r}: use 'none', 'attention' or 'full'")
+    # cuDNN's call does not name what it keeps, so it is known by its primitive.
+    fused = lambda primitive, *_, **__: primitive.name == "dot_product_attention_fwd_wrapper"  # noqa: E731
+    attended = policies.save_from_both_policies(policies.save_only_these_names(attention.SAVED), fused)
+    products = policies.save_from_both_policies(attended, policies.dots_with_no_batch_dims_saveable)
+    kept = {"elementwise": products, "attention": attended, "full": policies.nothing_saveable}
+    if remat not in ("none", *kept):
+        raise ValueError(f"remat = {remat!r}: use 'none', 'elementwise', 'attention' or 'full'")
+    body = layer if remat == "none" else jax.checkpoint(layer, policy=kept[remat], prevent_cse=False)
     x, outs = jax.lax.scan(body, x, (layers, caches))
     return nnx.merge(norm, params["norm"])(x), outs
 

@@ -85,7 +85,7 @@ class Args:
     """Of sampling, and of the log-probs."""
     tokens_per_microbatch: int = 8192
     """Tokens a device computes at once in update and log-probs."""
-    remat: Literal["none", "attention", "full"] = "attention"
+    remat: Literal["none", "elementwise", "attention", "full"] = "attention"
     """What the backward pass computes again, as --learner.remat."""
     attention: Literal["auto", "tiles", "cudnn", "splash"] = "auto"
     """The kernel of attention in learning, as --learner.attention."""

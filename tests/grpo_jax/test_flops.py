@@ -151,9 +151,10 @@ def update(model, groups, objective, tokens_per_microbatch):
 def test_learner_recomputes_what_remat_says():
     """The forward pass of the layers' matrices, or that of attention too; nothing else changes."""
     groups = groups_of([(40, [8, 8])])
-    plain, some, full = (
-        update(TINY, groups, Objective(remat=remat, head_chunk=8), 64) for remat in ("none", "attention", "full")
+    plain, elementwise, some, full = (
+        update(TINY, groups, Objective(remat=remat, head_chunk=8), 64) for remat in ("none", "elementwise", "attention", "full")
     )
+    assert elementwise == plain
     assert plain > flops.useful(TINY, groups, backward=True)
     attention = 2 * 2 * TINY.layers * TINY.heads * TINY.head_dim * packing.pack(groups, 64).launched_cells
     down = 2 * 56 * TINY.layers * TINY.d_ff * TINY.d_model  # nobody asks for a layer's last product again
