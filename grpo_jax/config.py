@@ -134,8 +134,8 @@ class Learner:
     """Tokens a device computes at once, prompts counted once a group. Lower it if memory runs out in learning: the result
     stays the same. (The rows that attention by cudnn or splash gathers inside hold copies of the prompts beside that.)"""
     remat: Literal["none", "elementwise", "attention", "full"] = "attention"
-    """What the backward pass computes again: nothing (most memory); the elementwise parts of a layer (fastest on CPU; four
-    times the memory of the next); all of a layer but its attention; or all of it (least memory)."""
+    """What the backward pass computes again: nothing (most memory); the elementwise parts of a layer (somewhat
+    less); all of a layer but its attention (much less); or all of it (least memory)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; master weights are float32. auto: float32 on CPU, bfloat16 on accelerators."""
     attention: Literal["auto", "tiles", "cudnn", "splash"] = "auto"
