@@ -26,6 +26,7 @@ from grpo_jax import config, loss, mesh
 from grpo_jax.packing import Pack
 from models import attention, decoder
 from models.decoder import DecoderConfig, Params
+from models.logprobs import token_logprobs, token_losses
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _chunk(objective: Objective, pack: Pack) -> int:
 def logprobs(model: DecoderConfig, objective: Objective, params: Params, pack: Pack) -> Array:
     """Log-probs [B, M] of the response tokens of a pack; the value at masked places has no meaning."""
     x, weights = _response_states(model, objective, cast(params, objective.dtype), pack)
-    head = functools.partial(decoder.token_logprobs, temperature=objective.temperature, chunk=_chunk(objective, pack))
+    head = functools.partial(token_logprobs, temperature=objective.temperature, chunk=_chunk(objective, pack))
     return jax.vmap(lambda x, target: head(weights, x, target)[0])(x, pack.target)
 
 
@@ -117,7 +118,7 @@ def accumulate(model: DecoderConfig, objective: Objective, params: Params, sums:
     """The sums with one micro-batch added; `sums` is donated."""
     of_tokens = replace(pack, tokens=None, positions=None, layout=None, source=None, target=None)  # arrays [B, M]
     head = functools.partial(
-        decoder.token_losses, functools.partial(_per_token, objective),
+        token_losses, functools.partial(_per_token, objective),
         temperature=objective.temperature, chunk=_chunk(objective, pack),
     )  # fmt: skip
 

@@ -109,8 +109,10 @@ def pack(
 
     `kernel` computes their attention: "tiles" (of `tile` tokens), or one of those that `models.attention.Rows` names. T is
     the same for all micro-batches. M and the number of tiles follow each one: a row that holds long prompts needs more
-    tiles, and would make all others pay for them.
+    tiles, and would make all others pay for them. Raises ValueError for no groups, and as `split` does.
     """
+    if not groups:
+        raise ValueError("no groups to pack")
     parts = [part for group in groups for part in split(group, tokens_per_microbatch)]
     rows = _bins(parts, tokens_per_microbatch, shards)
     t = min(bucket(max(sum(g.tokens for g in row) for row in rows), 8), tokens_per_microbatch)

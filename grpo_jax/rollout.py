@@ -116,7 +116,7 @@ class _Job:
     keys: np.ndarray  # [N, G, words]
     limits: Limits
     mesh: Mesh | None
-    kernel: str  # of the prompts' attention, see models.attention.in_rows
+    kernel: str  # of attention in learning; prompts take it too where it is a fused one
 
     def room(self, name: Name) -> int:
         """Tokens that the response may have."""
@@ -132,7 +132,7 @@ def sample(
     seed: int = 0,
     step: int = 0,
     mesh: Mesh | None = None,
-    kernel: str = "plain",
+    kernel: str = "tiles",
     lengths: Sequence[Sequence[int]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Group], Usage]:
@@ -141,9 +141,9 @@ def sample(
     With a mesh, rows and prompts are split over it as packs are; the parameters stay where they are. Log-probs are of
     the distribution that was sampled (logits / temperature, cut by top-k and top-p where they are on), or, when greedy, of
     the model's. A prompt that occurs twice in one call gets other samples the second time ("attempt" in its key).
-    `kernel` computes the attention of the prompts (models.attention.in_rows). `lengths` [N][G], for benchmarks and tests,
-    imposes the tokens of each response: it is cut there, an end token before does not end it. Raises ValueError for an empty
-    prompt and for a length outside of 1 ... max_response_tokens.
+    `kernel` is that of learning (grpo_jax.inputs.attention_kernel); prompts take it where it is a fused one. `lengths`
+    [N][G], for benchmarks and tests, imposes the tokens of each response: it is cut there, an end token before does not end
+    it. Raises ValueError for an empty prompt and for a length outside of 1 ... max_response_tokens.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} is empty: a response needs a token to follow")
@@ -251,7 +251,8 @@ def _prefill_new(job: _Job, book: _Book, pool: _Pool) -> _Pool:
             tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
             places[i] = book.places[rank] = free.pop(0)
         new = new[size:]
-        kernel = "plain" if width % 128 and job.kernel == "splash" else job.kernel
+        fused = job.kernel == "cudnn" or (job.kernel == "splash" and width % 128 == 0)  # tiles are for packs
+        kernel = job.kernel if fused else "plain"
         made = _prefill(job.config, kernel, job.mesh, job.params, *jax.device_put((tokens, lengths), split))
         prompts, last = _store(pool.prompts, pool.last, *made, places)
         pool = replace(pool, prompts=prompts, last=last)

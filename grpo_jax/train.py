@@ -166,7 +166,7 @@ def respond(
         seed=run.config.run.seed,
         step=step,
         mesh=run.mesh,
-        kernel="plain" if run.kernel == "tiles" else run.kernel,
+        kernel=run.kernel,
         progress=lambda done, total: show.phase(phase, done, total),
     )
 

@@ -221,7 +221,7 @@ def sample(bench: Bench, groups: Sequence[Group], seed: int, most: int | None = 
     made, usage = rollout.sample(
         model, learner.cast(bench.state["params"], bench.objective.dtype), [g.prompt for g in groups], sampling,
         seed=seed, mesh=bench.mesh, lengths=wanted,
-        kernel="plain" if bench.kernel == "tiles" else bench.kernel,
+        kernel=bench.kernel,
     )  # fmt: skip
     advised = [replace(g, advantages=given.advantages) for g, given in zip(made, groups, strict=True)]
     return advised, {"slot_utilization": usage.tokens / usage.row_steps, "response_tokens": usage.tokens}

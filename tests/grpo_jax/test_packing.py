@@ -220,6 +220,11 @@ def test_rows_hold_no_more_than_the_budget_and_are_evenly_full(shards):
     assert max(rows) - min(rows) <= max(g.tokens for g in groups)
 
 
+def test_no_groups_are_refused():
+    with pytest.raises(ValueError, match="no groups to pack"):
+        pack([], 100)
+
+
 # Shapes
 
 
