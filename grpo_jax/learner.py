@@ -76,7 +76,8 @@ def _response_states(model: DecoderConfig, objective: Objective, params: Params,
     """(the hidden states [B, M, D] that predict the response tokens, the output matrix [V, D])."""
     kernel = mesh.by_rows(attention.packed, objective.mesh, (model.heads, model.kv_heads))
     attend = lambda q, k, v, _: (kernel(q, k, v, pack.layout), None)  # noqa: E731
-    x, _ = decoder.hidden(model, params, pack.tokens, pack.positions, attend, remat=objective.remat)
+    rotations = decoder.rotation(model, pack.positions)
+    x, _ = decoder.hidden(model, params, pack.tokens, rotations, attend, remat=objective.remat)
     # The matrix is gathered once, or every chunk of the head would gather it.
     return jnp.take_along_axis(x, pack.source[..., None], axis=1), mesh.gathered(decoder.head(params), objective.mesh)
 

@@ -10,7 +10,8 @@ Only a group that is longer than a row by itself is split, between responses, an
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,9 @@ import numpy as np
 
 from grpo_jax.group import Group
 from models.attention import PackLayout, Rows, Tiles
+
+# Tiles of keys that meet a tile of queries in one step: wide products, few steps, and on drawn lengths under 30 % padding.
+_KEY_TILES = 4
 
 
 @jax.tree_util.register_dataclass
@@ -103,13 +107,19 @@ def _bins(groups: Sequence[Group], row_tokens: int, shards: int) -> list[list[Gr
 
 
 def pack(
-    groups: Sequence[Group], tokens_per_microbatch: int, shards: int = 1, *, kernel: str = "tiles", tile: int = 128
+    groups: Sequence[Group],
+    tokens_per_microbatch: int,
+    shards: int = 1,
+    *,
+    kernel: str = "tiles",
+    tile: tuple[int, int] = (128, 64),
 ) -> Packed:
     """Packs groups (with advantages) into micro-batches of `shards` rows of at most `tokens_per_microbatch` tokens.
 
-    `kernel` computes their attention: "tiles" (of `tile` tokens), or one of those that `models.attention.Rows` names. T is
-    the same for all micro-batches. M and the number of tiles follow each one: a row that holds long prompts needs more
-    tiles, and would make all others pay for them. Raises ValueError for no groups, and as `split` does.
+    `kernel` computes their attention: "tiles" (of `tile` tokens: queries, keys), or one of those that
+    `models.attention.Rows` names. T is the same for all micro-batches. M and the number of steps through the tiles follow
+    each one: a row that holds long prompts needs more, and would make all others pay for them. Raises ValueError for no
+    groups, and as `split` does.
     """
     if not groups:
         raise ValueError("no groups to pack")
@@ -118,7 +128,7 @@ def pack(
     t = min(bucket(max(sum(g.tokens for g in row) for row in rows), 8), tokens_per_microbatch)
     if kernel == "tiles":
         layouts = [_tiles(row, t, tile) for row in rows]
-        order = sorted(range(len(rows)), key=lambda i: -len(layouts[i].tiles))  # like beside like
+        order = sorted(range(len(rows)), key=lambda i: -len(layouts[i].steps))  # like beside like
     else:
         widths = _rectangles(rows)
         layouts, order = [_rows(row, t, widths, kernel) for row in rows], range(len(rows))
@@ -128,9 +138,9 @@ def pack(
         eighth = -(-t // 8)  # M is tied to T, so that the two do not multiply the number of shapes
         m = min(t, eighth * -(-max(sum(g.response_tokens for g in row) for row, _ in some) // eighth))
         if kernel == "tiles":
-            most = bucket(max(len(layout.tiles) for _, layout in some), 8)
-            some = [(row, _with_tiles(layout, most)) for row, layout in some]
-            launched_cells += shards * most * tile * tile
+            most = bucket(max(len(layout.steps) for _, layout in some), 8)
+            some = [(row, _with_steps(layout, most)) for row, layout in some]
+            launched_cells += shards * most * _KEY_TILES * math.prod(tile)
         else:
             launched_cells += shards * sum(n * g * s * (s + 1) // 2 for s, (n, g) in widths.items())
         packs.append(jax.tree.map(lambda *x: np.stack(x), *(_row(row, layout, t, m) for row, layout in some)))
@@ -171,23 +181,28 @@ def _row(groups: Sequence[Group], layout: PackLayout, t: int, m: int) -> Pack:
     return Pack(tokens, positions, layout, source, target, mask, advantage, sampler_logp, sampler_logp.copy())
 
 
-def _tiles(groups: Sequence[Group], t: int, tile: int) -> Tiles:
-    """As many tiles as the row needs."""
+def _tiles(groups: Sequence[Group], t: int, tile: tuple[int, int]) -> Tiles:
+    """As many steps as the row needs."""
     first, prompt, prompt_end = np.full(t, t, np.int32), np.zeros(t, np.int32), np.zeros(t, np.int32)
-    tiles: set[tuple[int, int]] = set()
+    queries, keys = tile
+    seen: dict[int, set[int]] = defaultdict(set)  # tile of queries -> tiles of keys
     for ours, responses in _places(groups):
         for own in (ours, *responses):
             end = ours.start if own is ours else ours.stop  # a prompt sees no prompt
             first[own], prompt[own], prompt_end[own] = own.start, ours.start, end
-            for i in range(own.start // tile, -(-own.stop // tile) if own.stop > own.start else 0):
-                tiles.update((i, j) for j in range(own.start // tile, i + 1))
-                tiles.update((i, j) for j in range(ours.start // tile, -(-end // tile)))
-    return Tiles(first, prompt, prompt_end, np.array(sorted(tiles), np.int32).reshape(-1, 2), tile)
+            for i in range(own.start // queries, -(-own.stop // queries) if own.stop > own.start else 0):
+                last = min(own.stop, (i + 1) * queries)  # of the segment's tokens in this tile
+                seen[i].update(range(own.start // keys, -(-last // keys)), range(ours.start // keys, -(-end // keys)))
+    steps = []
+    for i, tiles in sorted(seen.items()):
+        tiles = np.pad(sorted(tiles), (0, -len(tiles) % _KEY_TILES), constant_values=-1)
+        steps += [(i, *some) for some in tiles.reshape(-1, _KEY_TILES)]
+    return Tiles(first, prompt, prompt_end, np.array(steps, np.int32).reshape(-1, 1 + _KEY_TILES), tile)
 
 
-def _with_tiles(layout: Tiles, most: int) -> Tiles:
-    more = most - len(layout.tiles)
-    return replace(layout, tiles=np.pad(layout.tiles, ((0, more), (0, 0)), constant_values=-1))
+def _with_steps(layout: Tiles, most: int) -> Tiles:
+    more = most - len(layout.steps)
+    return replace(layout, steps=np.pad(layout.steps, ((0, more), (0, 0)), constant_values=-1))
 
 
 def _width(group: Group) -> int:

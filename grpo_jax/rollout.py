@@ -365,15 +365,17 @@ def _decode(
     `cut` is (temperature, top_p, top_k), and not all of `Sampling`: nothing else of it should compile this again.
     """
     keys = jax.random.wrap_key_data(seats.key)
+    # Of all steps at once: inside the loop, XLA on CPU would make a token's angles anew for each of its heads and layers.
+    positions = pool.prompts.length[seats.group] + seats.length + jnp.arange(steps)[:, None]
 
-    def one(carry, _):
+    def one(carry, rotations):
         hidden, responses = carry
         token, logp = choose(decoder.unembed(params, hidden), jax.vmap(jax.random.fold_in)(keys, responses.length), *cut)
-        hidden, responses = decoder.decode_step(config, params, token, seats.group, pool.prompts, responses, seats.slots)
+        hidden, responses = decoder.decode_step(config, params, token, rotations, pool.prompts, responses, seats.slots)
         return (hidden, responses), (token, logp)
 
     begin = pool.hidden, replace(pool.responses, length=seats.length)
-    (hidden, responses), (tokens, logp) = jax.lax.scan(one, begin, None, length=steps)
+    (hidden, responses), (tokens, logp) = jax.lax.scan(one, begin, decoder.rotation(config, positions))
     return replace(pool, hidden=hidden, responses=responses), tokens, logp
 
 

@@ -4,11 +4,11 @@ The one place that knows how attention is computed, and by which kernel:
 
     causal   a plain sequence, in plain XLA; the reference
     packed   flat rows of whole groups, for learning
-             Tiles   plain XLA, everywhere: pairs of tiles of the flat row that see each other, one after another, with a
-                     flash backward pass; the prompt's tiles are shared by the responses, because these lie side by side
+             Tiles   plain XLA, everywhere: a tile of the flat row's queries with a few tiles of keys that it sees, one step
+                     after another, with a flash backward pass; the responses of a group share the tiles of their prompt
              Rows    fused kernels (cuDNN on NVIDIA, splash on TPU): rows [prompt | response] are gathered in here
-    decode   one new token a response row, for sampling: prompt cache + own cache + the token itself, where the queries of
-             a group stand side by side in one matrix, so that its prompt is read once
+    decode   one new token a response row, for sampling: prompt cache + own cache, where the queries of a group stand side
+             by side in one matrix, so that its prompt is read once
 
 The dense layers never see any of it: their tokens lie flat. Scores, maxima and sums are in at least float32. No
 log-sum-exp of a library kernel is differentiated: `jax.nn.dot_product_attention` stops the gradient of the one it returns.
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +42,8 @@ class Tiles:
     first: Array  # int32 [B, T]
     prompt: Array  # int32 [B, T]
     prompt_end: Array  # int32 [B, T]
-    tiles: Array  # int32 [B, S, 2]  every (tile of queries, tile of keys) in which something is seen; -1 for nothing
-    tile: int = field(default=128, metadata={"static": True})  # tokens
+    steps: Array  # int32 [B, S, 1 + n]  a tile of queries, and n tiles of keys in which it sees something; -1 for none
+    tile: tuple[int, int] = field(default=(128, 64), metadata={"static": True})  # tokens in a tile of queries, and of keys
 
 
 @jax.tree_util.register_dataclass
@@ -161,56 +160,69 @@ def packed(q: Array, k: Array, v: Array, layout: PackLayout) -> Array:
     """
     if isinstance(layout, Rows):
         return _in_rows(q, k, v, layout)
-    return jax.vmap(_in_tiles)(q, k, v, layout)
+    return jax.lax.map(lambda row: _in_tiles(*row), (q, k, v, layout))
 
 
 # ---------------------------------------------------------------- packs by tiles: plain XLA, everywhere
 
 
 def _in_tiles(q: Array, k: Array, v: Array, layout: Tiles) -> Array:
-    """One flat row [T, ...] as tiles of queries against tiles of keys; only pairs of tiles that see each other are computed."""
+    """One flat row [T, ...] as tiles of queries against tiles of keys; only such as see each other are computed."""
     t, heads, c = q.shape
-    kv_heads, tile = k.shape[1], layout.tile
-    padding = -t % tile
+    kv_heads = k.shape[1]
 
-    def cut(x):  # [T, heads, C] -> [T / tile, K, g * tile, C]
-        x = jnp.pad(x, ((0, padding), (0, 0), (0, 0))).reshape(-1, tile, x.shape[1], c)
+    def cut(x, tile):  # [T, heads, C] -> [T / tile, K, g * tile, C]
+        x = jnp.pad(x, ((0, -t % tile), (0, 0), (0, 0))).reshape(-1, tile, x.shape[1], c)
         return _heads_first(x, kv_heads)
 
-    spans = tuple(jnp.pad(x, (0, padding)) for x in (layout.first, layout.prompt, layout.prompt_end))
-    o = _tiles(tile, cut(q), cut(k), cut(v), spans, layout.tiles)
+    queries, keys = layout.tile
+    steps = jnp.maximum(layout.steps, 0)  # any tile stands for none: it is not seen
+    o = _tiles(cut(q, queries), cut(k, keys), cut(v, keys), steps, _seen(layout))
     return _heads_last(o, heads).reshape(-1, heads, c)[:t]
 
 
-def _scores(tile: int, q: Array, k: Array, spans: tuple[Array, Array, Array], pair: Array) -> Array:
-    """Scores [K, g * tile, tile] of one pair of tiles [K, g * tile, C] and [K, tile, C], MASKED where a query sees no key."""
+def _seen(layout: Tiles) -> Array:
+    """Of each step, which of its queries see which of its keys: bool [S, queries, n * keys].
+
+    Made before the steps and not in them, or XLA on CPU would find every mask anew for every score that it meets.
+    """
+    queries, keys = layout.tile
+    i, j = layout.steps[:, :1], layout.steps[:, 1:, None]
+    query = jnp.maximum(i, 0) * queries + jnp.arange(queries)
+    key = jnp.where(j < 0, jnp.iinfo(jnp.int32).max, j * keys + jnp.arange(keys)).reshape(len(i), 1, -1)
+    first, prompt, end = (_take(x, query)[..., None] for x in (layout.first, layout.prompt, layout.prompt_end))
+    return ((first <= key) & (key <= query[..., None])) | ((prompt <= key) & (key < end))
+
+
+def _scores(q: Array, k: Array, seen: Array) -> Array:
+    """Scores [K, g * queries, keys] of q [K, g * queries, C] and k [K, keys, C]; MASKED but where seen [queries, keys]."""
     # Scaled here and not before: in bfloat16 a scaled query would be rounded once more than the sampler's.
     scores = jnp.einsum("kmc,ksc->kms", q, k, preferred_element_type=wide(q.dtype)) * q.shape[-1] ** -0.5
-    # One by one: taken from one stacked array they would be indexed anew for every score, at twice the time of the whole.
-    query, key = pair[0] * tile + jnp.arange(tile)[:, None], pair[1] * tile + jnp.arange(tile)[None]
-    first, prompt, prompt_end = (jax.lax.dynamic_slice_in_dim(x, pair[0] * tile, tile)[:, None] for x in spans)
-    seen = ((first <= key) & (key <= query)) | ((prompt <= key) & (key < prompt_end))
-    mask = jnp.where(seen & (pair[0] >= 0), 0, MASKED).astype(scores.dtype)
-    return (scores.reshape(len(scores), -1, tile, tile) + mask).reshape(scores.shape)
+    return jnp.where(seen, scores.reshape(len(scores), -1, *seen.shape), MASKED).reshape(scores.shape)
 
 
-def _tiles_forward(tile: int, q: Array, k: Array, v: Array, spans: Any, pairs: Array) -> tuple[Array, Array]:
-    """(o [T / tile, K, g * tile, C], log of the sum of exponentials [T / tile, K, g * tile]), both in the wide dtype."""
+def _gathered(x: Array, tiles: Array) -> Array:
+    """Some tiles of x [T / keys, K, keys, C], one after another: [K, n * keys, C]."""
+    return jnp.concatenate([x[j] for j in tiles], 1)
+
+
+def _tiles_forward(q: Array, k: Array, v: Array, steps: Array, seen: Array) -> tuple[Array, Array]:
+    """(o [T / queries, K, g * queries, C], log of the sum of exponentials, without C), both in the wide dtype."""
     dtype = wide(q.dtype)
 
-    def one(carry, pair):  # a softmax that is brought up to date with each further tile of keys
+    def one(carry, step):  # a softmax that is brought up to date with further keys
         o, largest, total = carry
-        i, j = jnp.maximum(pair, 0)
-        scores = _scores(tile, q[i], k[j], spans, pair)
+        (i, *tiles), seen = step
+        scores = _scores(q[i], _gathered(k, tiles), seen)
         m = jnp.maximum(largest[i], scores.max(-1))
         weights, scale = jnp.exp(scores - m[..., None]), jnp.exp(largest[i] - m)
-        new = jnp.einsum("kms,ksc->kmc", weights.astype(v.dtype), v[j], preferred_element_type=dtype)
+        new = jnp.einsum("kms,ksc->kmc", weights.astype(v.dtype), _gathered(v, tiles), preferred_element_type=dtype)
         total = _put(total, i, total[i] * scale + weights.sum(-1))
         return (_put(o, i, o[i] * scale[..., None] + new), _put(largest, i, m), total), None
 
     # It begins above MASKED, so that where a query sees nothing its weights are exp(MASKED - MASKED / 2) = 0.
     start = jnp.zeros(q.shape, dtype), jnp.full(q.shape[:-1], MASKED / 2, dtype), jnp.zeros(q.shape[:-1], dtype)
-    (o, largest, total), _ = jax.lax.scan(one, start, pairs)
+    (o, largest, total), _ = jax.lax.scan(one, start, (steps, seen))
     total = jnp.where(total > 0, total, 1)
     return o / total[..., None], largest + jnp.log(total)
 
@@ -220,35 +232,38 @@ def _put(x: Array, i: Array, value: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(x, value, i, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tiles(tile: int, q: Array, k: Array, v: Array, spans: Any, pairs: Array) -> Array:
-    return _tiles_forward(tile, q, k, v, spans, pairs)[0].astype(q.dtype)
+@jax.custom_vjp
+def _tiles(q: Array, k: Array, v: Array, steps: Array, seen: Array) -> Array:
+    return _tiles_forward(q, k, v, steps, seen)[0].astype(q.dtype)
 
 
-def _tiles_saved(tile, q, k, v, spans, pairs):
-    o, log_total = _tiles_forward(tile, q, k, v, spans, pairs)
+def _tiles_saved(q, k, v, steps, seen):
+    o, log_total = _tiles_forward(q, k, v, steps, seen)
     o, log_total = checkpoint_name(o.astype(q.dtype), SAVED), checkpoint_name(log_total, SAVED)
-    return o, (q, k, v, spans, pairs, o, log_total)
+    return o, (q, k, v, steps, seen, o, log_total)
 
 
-def _tiles_backward(tile, saved, do):
+def _tiles_backward(saved, do):
     """The weights again from scores and `log_total`, tile by tile (FlashAttention, algorithm 4): no square array is kept."""
-    q, k, v, spans, pairs, o, log_total = saved
+    q, k, v, steps, seen, o, log_total = saved
     dtype = wide(q.dtype)
     dot = functools.partial(jnp.einsum, preferred_element_type=dtype)
     mean = (do.astype(dtype) * o).sum(-1)  # of the gradient of the weights, under the weights
 
-    def one(carry, pair):
+    def one(carry, step):
         dq, dk, dv = carry
-        i, j = jnp.maximum(pair, 0)
-        weights = jnp.exp(_scores(tile, q[i], k[j], spans, pair) - log_total[i][..., None])
-        dscores = weights * (dot("kmc,ksc->kms", do[i], v[j]) - mean[i][..., None]) * q.shape[-1] ** -0.5
+        (i, *tiles), seen = step
+        k_i, v_i = _gathered(k, tiles), _gathered(v, tiles)
+        weights = jnp.exp(_scores(q[i], k_i, seen) - log_total[i][..., None])
+        dscores = weights * (dot("kmc,ksc->kms", do[i], v_i) - mean[i][..., None]) * q.shape[-1] ** -0.5
         weights, dscores = weights.astype(q.dtype), dscores.astype(q.dtype)
-        dq = _put(dq, i, dq[i] + dot("kms,ksc->kmc", dscores, k[j]))
-        dk = _put(dk, j, dk[j] + dot("kms,kmc->ksc", dscores, q[i]))
-        return (dq, dk, _put(dv, j, dv[j] + dot("kms,kmc->ksc", weights, do[i]))), None
+        dq = _put(dq, i, dq[i] + dot("kms,ksc->kmc", dscores, k_i))
+        parts = (jnp.split(dot("kms,kmc->ksc", *xs), len(tiles), 1) for xs in ((dscores, q[i]), (weights, do[i])))
+        for j, dk_j, dv_j in zip(tiles, *parts, strict=True):
+            dk, dv = _put(dk, j, dk[j] + dk_j), _put(dv, j, dv[j] + dv_j)
+        return (dq, dk, dv), None
 
-    gradients, _ = jax.lax.scan(one, tuple(jnp.zeros(x.shape, dtype) for x in (q, k, v)), pairs)
+    gradients, _ = jax.lax.scan(one, tuple(jnp.zeros(x.shape, dtype) for x in (q, k, v)), (steps, seen))
     return *(g.astype(x.dtype) for g, x in zip(gradients, (q, k, v), strict=True)), None, None
 
 
@@ -353,25 +368,23 @@ def splash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
 
 def decode(
     q: Array,
-    k: Array,
-    v: Array,
     prompt: tuple[Array, Array, Array],
     own: tuple[tuple[Array, ...], tuple[Array, ...], Array],
     slots: RowSlots,
 ) -> Array:
     """One new token of every response row, in one layer.
 
-    q [B, H, C]; k, v [B, K, C]: the new token. `prompt` = (k [N, K, P, C], v, length [N]); `own` = (k, v, length [B]): the
-    rows' earlier tokens, k and v in bands [rows of the band, K, R, C]. Returns [B, H, C].
+    q [B, H, C]: of the new token. `prompt` = (k [N, K, P, C], v, length [N]); `own` = (k, v, length [B]): the rows' tokens
+    with the new one, k and v in bands [rows of the band, K, R, C]. Returns [B, H, C].
     """
     b, heads, c = q.shape
-    kv_heads = k.shape[-2]
+    k_p, v_p, p_length = prompt
+    n, s = slots.row.shape
+    kv_heads = k_p.shape[1]
     rows = q.reshape(b, kv_heads, heads // kv_heads, c)  # [B, K, g, C]
 
-    n, s = slots.row.shape
     gathered = rows.at[slots.row].get(mode="fill", fill_value=0)  # [N, S, K, g, C]
     gathered = jnp.moveaxis(gathered, 1, 2).reshape(n, kv_heads, -1, c)  # [N, K, S*g, C]
-    k_p, v_p, p_length = prompt
     in_prompt = (jnp.arange(k_p.shape[-2]) < p_length[:, None])[:, None, None, :]
 
     def by_row(x):  # [N, K, S*g, ...] -> [B, K, g, ...]
@@ -379,10 +392,8 @@ def decode(
         return jnp.moveaxis(x, 2, 1).reshape(n * s, kv_heads, heads // kv_heads, *x.shape[4:])[slots.slot]
 
     shared = tuple(map(by_row, _part(gathered, k_p, v_p, in_prompt)))
-    earlier, start = [], 0
+    parts, start = [], 0
     for k_o, v_o in zip(*own[:2], strict=True):
         here = slice(start, start := start + k_o.shape[0])
-        earlier.append(_part(rows[here], k_o, v_o, (jnp.arange(k_o.shape[-2]) < own[2][here, None])[:, None, None, :]))
-    earlier = tuple(map(jnp.concatenate, zip(*earlier, strict=True)))
-    itself = _part(rows, k[:, :, None], v[:, :, None], jnp.ones((), bool))
-    return _merge(shared, earlier, itself).reshape(b, heads, c).astype(q.dtype)
+        parts.append(_part(rows[here], k_o, v_o, (jnp.arange(k_o.shape[-2]) < own[2][here, None])[:, None, None, :]))
+    return _merge(shared, tuple(map(jnp.concatenate, zip(*parts, strict=True)))).reshape(b, heads, c).astype(q.dtype)

@@ -358,7 +358,7 @@ def init(config: DecoderConfig, key: Array) -> Params:
 # ---------------------------------------------------------------- pure functions
 
 
-def _rotation(config: DecoderConfig, positions: Array) -> tuple[Array, Array]:
+def rotation(config: DecoderConfig, positions: Array) -> tuple[Array, Array]:
     """cos and sin, [..., T, 1, C/2], of rotary embedding (with llama3 scaling where the config has it)."""
     # On the host in float64 and rounded once: an error of a frequency is multiplied by the position, and devices differ
     # in their powers.
@@ -382,13 +382,13 @@ def hidden(
     config: DecoderConfig,
     params: Params,
     tokens: Array,
-    positions: Array,
+    rotations: tuple[Array, Array],
     attend: Callable,
     caches: Any = None,
     *,
     remat: str = "none",
 ) -> tuple[Array, Any]:
-    """Runs the layers. tokens, positions [...] int32 -> (hidden states [..., D] after the last norm, per-layer outputs).
+    """Runs the layers. tokens [...] int32, `rotation` of their positions -> (hidden states [..., D] after the last norm, outs).
 
     `attend(q [..., H, C], k [..., K, C], v [..., K, C], cache) -> (o [..., H, C], out)`; `caches` has a leading axis L and
     is handed over layer by layer, the `out`s come back stacked; or, where the parameters are `by_layer`, both are tuples
@@ -397,12 +397,11 @@ def hidden(
     attention ("attention"), or its input alone ("full").
     """
     block, norm = _block_and_norm(config)
-    rotation = _rotation(config, positions)
     x, layers = params["embed"][tokens], params["layers"]
 
     def layer(x, given):
         weights, cache = given
-        return nnx.merge(block, weights)(x, rotation, lambda q, k, v: attend(q, k, v, cache))
+        return nnx.merge(block, weights)(x, rotations, lambda q, k, v: attend(q, k, v, cache))
 
     if isinstance(layers, tuple):
         outs = []
@@ -449,7 +448,7 @@ def logits(config: DecoderConfig, params: Params, tokens: Array, lengths: Array)
     """Logits of right-padded sequences: tokens [B, T], lengths [B] -> [B, T, V], at least float32; 0 at padding."""
     t = tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(t), tokens.shape)
-    x, _ = hidden(config, params, tokens, positions, lambda q, k, v, _: (attention.causal(q, k, v), None))
+    x, _ = hidden(config, params, tokens, rotation(config, positions), lambda q, k, v, _: (attention.causal(q, k, v), None))
     return jnp.where((positions < lengths[:, None])[..., None], unembed(params, x), 0)
 
 
@@ -466,7 +465,7 @@ def prefill(
         return causal(q, k, v, lengths), (jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3))
 
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x, (k, v) = hidden(config, params, tokens, positions, attend)
+    x, (k, v) = hidden(config, params, tokens, rotation(config, positions), attend)
     k, v = (tuple(x[i] for i in range(config.layers)) for x in (k, v))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return PromptCache(k, v, lengths), last
@@ -476,21 +475,21 @@ def decode_step(
     config: DecoderConfig,
     params: Params,
     tokens: Array,
-    group: Array,
+    rotations: tuple[Array, Array],
     prompts: PromptCache,
     responses: ResponseCache,
     slots: RowSlots,
 ) -> tuple[Array, ResponseCache]:
-    """One token of every row: tokens [B] int32, group [B] (which prompt) -> (hidden [B, D], the longer response cache).
+    """One token of every row: tokens [B] int32 -> (hidden [B, D], the longer response cache).
 
-    The parameters must be `by_layer`.
+    `rotations` is `rotation` of the tokens' positions, prompt + response [B]. The parameters must be `by_layer`.
     """
 
     def attend(q, k, v, cache):
-        prompt_k, prompt_v, own_k, own_v = cache
-        o = attention.decode(q, k, v, (prompt_k, prompt_v, prompts.length), (own_k, own_v, responses.length), slots)
-        o, k, v = jax.lax.optimization_barrier((o, k, v))  # the caches are read before they are written, so in place
-        return o, (written(own_k, k), written(own_v, v))
+        prompt_k, prompt_v, *own = cache
+        # Written before they are read: a cache that is read as it was, too, is copied in every step.
+        k, v = (written(bands, new) for bands, new in zip(own, (k, v), strict=True))
+        return attention.decode(q, (prompt_k, prompt_v, prompts.length), (k, v, responses.length + 1), slots), (k, v)
 
     def written(bands, new):
         start, found = 0, []
@@ -499,8 +498,7 @@ def decode_step(
             found.append(cache.at[jnp.arange(cache.shape[0]), :, responses.length[here]].set(new[here], mode="drop"))
         return tuple(found)
 
-    positions = prompts.length[group] + responses.length
     caches = tuple(zip(prompts.k, prompts.v, responses.k, responses.v, strict=True))
-    x, outs = hidden(config, params, tokens, positions, attend, caches)
+    x, outs = hidden(config, params, tokens, rotations, attend, caches)
     k, v = zip(*outs, strict=True)
     return x, ResponseCache(k, v, responses.length + 1)

@@ -132,7 +132,7 @@ def step(sizes):
     params = jax.device_put(init, shardings)
     state = learner.init_state(optimizer, params)
     kernel = "plain" if sizes and sizes.tensor > 1 else "tiles"
-    packs = packing.pack(groups, 32, mesh.shards(device_mesh), kernel=kernel, tile=8).packs
+    packs = packing.pack(groups, 32, mesh.shards(device_mesh), kernel=kernel, tile=(8, 4)).packs
     packs = [packing.place(p, mesh.rows(device_mesh)) for p in packs]
     packs = [replace(p, ref_logp=p.sampler_logp + jnp.cos(9 * p.sampler_logp)) for p in packs]
     lies = lambda tree: all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), tree, shardings)))

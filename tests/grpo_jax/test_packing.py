@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -43,7 +44,7 @@ def shape(one):
     return tuple(x.shape for x in jax.tree.leaves(one))
 
 
-def check(groups, budget, shards=1, tile=8):
+def check(groups, budget, shards=1, tile=(8, 4)):
     """Reads every pack back, and compares it with the groups token by token. Returns what `pack` did."""
     packed = pack(groups, budget, shards, tile=tile)
     assert len({one.tokens.shape for one in packed.packs}) == 1
@@ -69,7 +70,7 @@ def check(groups, budget, shards=1, tile=8):
     assert tokens == packed.tokens == sum(g.tokens for g in groups) + repeated
     assert packed.launched_tokens == sum(one.tokens.size for one in packed.packs)
     assert packed.cells == sum(int(seen(row).sum()) for one in packed.packs for row in rows_of(one))
-    assert packed.launched_cells == sum(one.layout.tiles[..., 0].size * one.layout.tile**2 for one in packed.packs)
+    assert packed.launched_cells == sum(one.layout.steps[..., 1:].size * math.prod(tile) for one in packed.packs)
     return packed
 
 
@@ -98,12 +99,13 @@ def read(row):
     for field in (row.source, row.target, row.advantage, row.sampler_logp):
         assert not field[~row.mask].any()
 
-    # Every pair of tiles in which something is seen is there, once, and no other.
-    mask = np.pad(seen(row), (0, -t % layout.tile))
-    wanted = np.argwhere(mask.reshape(len(mask) // layout.tile, layout.tile, -1, layout.tile).any((1, 3)))
-    tiles = layout.tiles[layout.tiles[:, 0] >= 0]
-    np.testing.assert_array_equal(tiles, wanted)
-    assert (layout.tiles[len(tiles) :] == -1).all()
+    # Every pair of tiles in which something is seen is there, once, and no other; no step is without one.
+    mask = np.pad(seen(row), [(0, -t % size) for size in layout.tile])
+    wanted = np.argwhere(mask.reshape(len(mask) // layout.tile[0], layout.tile[0], -1, layout.tile[1]).any((1, 3)))
+    steps = layout.steps[layout.steps[:, 0] >= 0]
+    pairs = [(i, j) for i, *keys in steps.tolist() for j in keys if j >= 0]
+    np.testing.assert_array_equal(np.reshape(pairs, (-1, 2)), wanted)
+    assert (steps[:, 1] >= 0).all() and (layout.steps[len(steps) :] == -1).all()
 
     responses = []
     for start in np.unique(layout.first[real]):
@@ -167,7 +169,7 @@ def test_one_group_worked_by_hand():
     np.testing.assert_array_equal(one.layout.first, [[0, 0, 0, 3, 3, 5]])
     np.testing.assert_array_equal(one.layout.prompt, [[0, 0, 0, 0, 0, 0]])
     np.testing.assert_array_equal(one.layout.prompt_end, [[0, 0, 0, 3, 3, 3]])
-    np.testing.assert_array_equal(one.layout.tiles, [[[0, 0]]])
+    np.testing.assert_array_equal(one.layout.steps, [[[0, 0, -1, -1, -1]]])
     integers = (one.tokens, one.positions, one.source, one.target, *jax.tree.leaves(one.layout))
     assert {x.dtype for x in integers} == {np.dtype(np.int32)}
 
@@ -176,7 +178,7 @@ def test_an_empty_row_is_all_padding():
     groups = make([(3, [2, 1])])
     (one,) = check(groups, 100, shards=3).packs
     assert [one.mask[b].sum() for b in range(3)] == [3, 0, 0]
-    assert not one.tokens[1:].any() and (one.layout.first[1:] == 6).all() and (one.layout.tiles[1:] == -1).all()
+    assert not one.tokens[1:].any() and (one.layout.first[1:] == 6).all() and (one.layout.steps[1:] == -1).all()
 
 
 def test_groups_without_advantages_or_in_float32_keep_their_kind():

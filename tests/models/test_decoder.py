@@ -219,16 +219,13 @@ def test_packed_groups_equal_the_copied_sequences(x64, config):
     first = np.repeat([0, 5, 9, t], [5, 4, 2, 2])
     prompt_end = np.repeat([0, 5, 0], [5, 6, 2])
     positions = np.r_[np.arange(p), p + np.arange(4), p + np.arange(2), 0, 0]
-    tiles = np.array([(i, j) for i in range(4) for j in range(i + 1)])
-    layout = Tiles(*(jnp.asarray(x, jnp.int32)[None] for x in (first, 0 * first, prompt_end, tiles)), tile=4)
-    flat = jax.jit(
-        lambda params: decoder.unembed(
-            params,
-            decoder.hidden(config, params, tokens[None], positions[None], lambda q, k, v, _: (packed(q, k, v, layout), None))[
-                0
-            ],
-        )
-    )(params)[0]
+    steps = np.array([(i, 2 * j, 2 * j + 1) for i in range(4) for j in range(i + 1)])
+    layout = Tiles(*(jnp.asarray(x, jnp.int32)[None] for x in (first, 0 * first, prompt_end, steps)), tile=(4, 2))
+    attend = lambda q, k, v, _: (packed(q, k, v, layout), None)  # noqa: E731
+    rotations = decoder.rotation(config, positions[None])
+    flat = jax.jit(lambda params: decoder.unembed(params, decoder.hidden(config, params, tokens[None], rotations, attend)[0]))(
+        params
+    )[0]
     for start, length in zip(starts, lengths, strict=False):
         expected = alone(config, params, tokens[:p], tokens[start : start + length])
         np.testing.assert_allclose(np.concatenate([flat[:p], flat[start : start + length]]), expected, rtol=0, atol=1e-12)
@@ -263,7 +260,8 @@ def test_prefill_and_decode_equal_logits_of_the_whole_sequence(x64, config):
     hidden[:, 0] = np.asarray(last)[group]
     for t in range(8):
         at = np.asarray(own.length)
-        x, own = step(config, layers, responses[np.arange(b), np.minimum(at, r - 1)], jnp.asarray(group), cache, own, slots)
+        rotations = decoder.rotation(config, p_length[group] + at)
+        x, own = step(config, layers, responses[np.arange(b), np.minimum(at, r - 1)], rotations, cache, own, slots)
         live = (start <= t) & (at < length)
         hidden[live, at[live] + 1] = np.asarray(x)[live]
         own = ResponseCache(own.k, own.v, jnp.where(live, own.length, at))  # a row that waits writes over its own cell
@@ -284,7 +282,7 @@ def test_a_full_response_cache_drops_what_does_not_fit(x64):
     full = ResponseCache(full, full, jnp.array([r, 1]))
     slots = RowSlots(jnp.array([[0, 1]]), jnp.array([0, 1]))
     _, after = jax.jit(decoder.decode_step, static_argnums=0)(
-        QWEN, decoder.by_layer(params), jnp.array([1, 2]), jnp.zeros(b, int), prompts, full, slots
+        QWEN, decoder.by_layer(params), jnp.array([1, 2]), decoder.rotation(QWEN, jnp.array([4, 2])), prompts, full, slots
     )
     assert len(after.k) == QWEN.layers
     for [k] in after.k:
@@ -297,11 +295,11 @@ def test_remat_gives_the_same_gradient(x64):
     config = replace(QWEN, layers=2)
     params = random_params(config)
     tokens = np.random.default_rng(4).integers(0, config.vocab, (2, 6))
-    positions = np.broadcast_to(np.arange(6), tokens.shape)
+    rotations = decoder.rotation(config, np.broadcast_to(np.arange(6), tokens.shape))
 
     def loss(params, remat):
         x, _ = decoder.hidden(
-            config, params, tokens, positions, lambda q, k, v, _: (causal_attention(q, k, v), None), remat=remat
+            config, params, tokens, rotations, lambda q, k, v, _: (causal_attention(q, k, v), None), remat=remat
         )
         logp = jax.nn.log_softmax(decoder.unembed(params, x[:, :-1]))
         return -jnp.take_along_axis(logp, tokens[:, 1:, None], -1).mean()
