@@ -18,8 +18,7 @@ from models import decoder
 from models.decoder import DecoderConfig
 
 ROW_AXES = ("data", "fsdp")
-# Logical axes that are not here (layers, head_dim) are never split. A dimension is left whole where it does not divide:
-# two key/value heads on four tensor devices are replicated.
+# Logical axes that are not here (layers, head_dim) are never split.
 _RULES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ff": "tensor"}
 
 
@@ -37,12 +36,29 @@ def make(sizes: config.Mesh) -> Mesh:
 
 
 def shardings(mesh: Mesh, model: DecoderConfig) -> Any:
-    """A NamedSharding for every parameter."""
+    """A NamedSharding for every parameter.
+
+    Key/value heads that `tensor` does not divide are left whole on each of its devices. Raises ValueError where the mesh
+    does not divide another dimension that it splits.
+    """
+    splits = {
+        "fsdp": {"width": model.d_model},
+        "tensor": {"heads": model.heads, "feed-forward width": model.d_ff, "vocabulary": model.vocab},
+    }
+    for option, sizes in splits.items():
+        if any(size % mesh.shape[option] for size in sizes.values()):
+            named = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            fit = [str(n) for n in range(1, mesh.size + 1) if not any(size % n for size in sizes.values())]
+            raise ValueError(
+                f"--mesh.{option} {mesh.shape[option]} does not divide what it splits of this model ({named}); "
+                f"up to {mesh.size} devices, {', '.join(fit)} would"
+            )
 
     def one(axes: tuple[str, ...], leaf: Any) -> NamedSharding:
-        names = [_RULES.get(axis) for axis in axes]
-        spec = [name if name and size % mesh.shape[name] == 0 else None for name, size in zip(names, leaf.shape, strict=True)]
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        whole = lambda axis, size: axis == "kv_heads" and size % mesh.shape["tensor"]  # noqa: E731
+        return NamedSharding(
+            mesh, PartitionSpec(*(None if whole(*x) else _RULES.get(x[0]) for x in zip(axes, leaf.shape, strict=True)))
+        )
 
     return jax.tree.map(one, decoder.logical_axes(model), decoder.shapes(model), is_leaf=lambda x: isinstance(x, tuple))
 
