@@ -88,8 +88,8 @@ def test_launched_is_what_the_parts_launch(result):
     assert 3 * launched["logprob"] < launched["update"] < 4.5 * launched["logprob"]
     assert 2 * launched["attention"] < launched["update"]
     row = result["sections"]["update"]["ours"]
-    assert row["padding_dense"] == 0  # 88 tokens, of which each sees what is before it: one tile of attention
-    assert row["padding_attention"] == 1 - 2 * (20 * 21 // 2 + 3 * (8 * 20 + 36)) / 128**2
+    assert row["padding_dense"] == 0  # 88 tokens, of which each sees what is before it: one step of attention
+    assert row["padding_attention"] == 1 - 2 * (20 * 21 // 2 + 3 * (8 * 20 + 36)) / (128 * 4 * 64)
     assert result["sections"]["rollout"]["ours"]["slot_utilization"] == 1
 
 
