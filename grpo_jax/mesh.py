@@ -41,26 +41,24 @@ def shardings(mesh: Mesh, model: DecoderConfig) -> Any:
     Key/value heads that `tensor` does not divide are left whole on each of its devices. Raises ValueError where the mesh
     does not divide another dimension that it splits.
     """
-    splits = {
-        "fsdp": {"width": model.d_model},
-        "tensor": {"heads": model.heads, "feed-forward width": model.d_ff, "vocabulary": model.vocab},
-    }
-    for option, sizes in splits.items():
-        if any(size % mesh.shape[option] for size in sizes.values()):
-            named = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            fit = [str(n) for n in range(1, mesh.size + 1) if not any(size % n for size in sizes.values())]
+    axes, shapes = decoder.logical_axes(model), decoder.shapes(model)
+    is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+    pairs = zip(jax.tree.leaves(axes, is_leaf=is_axes), jax.tree.leaves(shapes), strict=True)
+    sizes = {axis: size for names, leaf in pairs for axis, size in zip(names, leaf.shape, strict=True)}
+    rules = dict(_RULES)
+    if sizes["kv_heads"] % mesh.shape["tensor"]:
+        del rules["kv_heads"]
+    for option in ("fsdp", "tensor"):
+        split = {axis: sizes[axis] for axis, name in rules.items() if name == option}
+        if any(size % mesh.shape[option] for size in split.values()):
+            named = ", ".join(f"{axis} {size}" for axis, size in split.items())
+            fit = [str(n) for n in range(1, mesh.size + 1) if not any(size % n for size in split.values())]
             raise ValueError(
                 f"--mesh.{option} {mesh.shape[option]} does not divide what it splits of this model ({named}); "
                 f"up to {mesh.size} devices, {', '.join(fit)} would"
             )
-
-    def one(axes: tuple[str, ...], leaf: Any) -> NamedSharding:
-        whole = lambda axis, size: axis == "kv_heads" and size % mesh.shape["tensor"]  # noqa: E731
-        return NamedSharding(
-            mesh, PartitionSpec(*(None if whole(*x) else _RULES.get(x[0]) for x in zip(axes, leaf.shape, strict=True)))
-        )
-
-    return jax.tree.map(one, decoder.logical_axes(model), decoder.shapes(model), is_leaf=lambda x: isinstance(x, tuple))
+    lies = lambda names, _: NamedSharding(mesh, PartitionSpec(*map(rules.get, names)))  # noqa: E731
+    return jax.tree.map(lies, axes, shapes, is_leaf=is_axes)
 
 
 def rows(mesh: Mesh) -> NamedSharding:

@@ -209,6 +209,8 @@ def _gathered(x: Array, tiles: Array) -> Array:
 def _tiles_forward(q: Array, k: Array, v: Array, steps: Array, seen: Array) -> tuple[Array, Array]:
     """(o [T / queries, K, g * queries, C], log of the sum of exponentials, without C), both in the wide dtype."""
     dtype = wide(q.dtype)
+    # What depends on the layout alone, autodiff would take out of the loop and keep: the masks, once for every head.
+    q, seen = jax.lax.optimization_barrier((q, seen))
 
     def one(carry, step):  # a softmax that is brought up to date with further keys
         o, largest, total = carry

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from dataclasses import fields, replace
 
 import chex
@@ -314,6 +315,12 @@ def test_bfloat16_computation_keeps_float32_gradients_near_the_exact_ones(x64):
     assert abs(sums["entropy"] - want_sums["entropy"]) < 0.02 * want_sums["entropy"]
 
 
+def blank_group(prompt, responses):
+    ids = tuple(np.zeros(r, np.int32) for r in responses)
+    logp = tuple(r.astype(np.float32) for r in ids)
+    return Group(np.zeros(prompt, np.int32), ids, logp, (False,) * len(ids), np.zeros(len(ids)))
+
+
 @pytest.mark.parametrize("program", ["update", "logprobs"])
 def test_memory_does_not_hold_the_logits_of_all_tokens(program):
     """Compiled, not run: 1024 more response tokens may cost no eighth of their logits, 622 MB."""
@@ -321,9 +328,7 @@ def test_memory_does_not_hold_the_logits_of_all_tokens(program):
     objective = Objective(kl_coefficient=1e-3, head_chunk=256)
 
     def temporary(tokens):
-        ids = np.zeros(tokens // 8, np.int32)
-        group = Group(np.zeros(64, np.int32), (ids,) * 8, (ids.astype(np.float32),) * 8, (False,) * 8, np.zeros(8))
-        (one,) = pack([group], 4096).packs
+        (one,) = pack([blank_group(64, [tokens // 8] * 8)], 4096).packs
         assert one.mask.sum() == tokens
         params = decoder.shapes(model)
         if program == "logprobs":
@@ -337,6 +342,19 @@ def test_memory_does_not_hold_the_logits_of_all_tokens(program):
     print(f"{few / 1e6:.0f} MB and {many / 1e6:.0f} MB, {few / chunk:.2f} chunks of logits")
     assert many - few < 1024 * model.vocab * 4 / 8
     assert few < 6 * chunk
+
+
+def test_masks_of_attention_are_kept_once_for_all_heads():
+    """In the compiled text: no array of truth values holds more than one mask a step of tiles."""
+    packs = packs_of([blank_group(400, [100] * 9)], 2000)  # more steps than heads
+    layout = packs[0].layout
+    one_mask = layout.tile[0] * layout.tile[1] * (layout.steps.shape[2] - 1)
+    params = decoder.shapes(ODD)
+    text = (
+        learner.accumulate.lower(ODD, Objective(), params, jax.eval_shape(learner.zeros, params), packs[0]).compile().as_text()
+    )
+    sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"= pred\[([\d,]+)\]", text)]
+    assert max(sizes) == layout.steps.shape[1] * one_mask
 
 
 # The optimizer step

@@ -522,6 +522,22 @@ def test_a_pool_shrinks_as_rows_of_a_group_end_one_by_one(calls):
     assert pool.prompts.length[0] < 5 and pool.responses.length[0] < 15
 
 
+def test_a_call_writes_its_caches_in_place(monkeypatch):
+    """In the compiled text: the loop over tokens copies no cache, of prompts or of responses."""
+    decode, texts = rollout._decode, []
+
+    def compiled(*args):
+        texts.append(decode.lower(*args).compile().as_text())
+        return decode(*args)
+
+    monkeypatch.setattr(rollout, "_decode", compiled)
+    rollout.sample(MODEL, random_params(np.float32), PROMPTS, replace(SAMPLING, end_tokens=()))
+    text = texts[0]
+    caches = [f"f32[{n},{MODEL.kv_heads},{width},{MODEL.head_dim}]" for n, width in ((15, 12), (5, 12))]
+    assert all(cache in text for cache in caches)
+    assert not [line for line in text.splitlines() if " copy(" in line and any(f"= {cache}" in line for cache in caches)]
+
+
 def test_nothing_is_compiled_twice(monkeypatch):
     monkeypatch.setattr(seating, "_NARROWEST", 2)
     params, endless = random_params(np.float32), replace(SAMPLING, end_tokens=())

@@ -304,7 +304,9 @@ def test_remat_gives_the_same_gradient(x64):
         logp = jax.nn.log_softmax(decoder.unembed(params, x[:, :-1]))
         return -jnp.take_along_axis(logp, tokens[:, 1:, None], -1).mean()
 
-    plain, again = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, remat) for remat in ("none", "elementwise"))
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
-        assert np.abs(a).max() > 0
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)
+    kinds = ("none", "elementwise", "attention", "full")
+    plain, *others = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, remat) for remat in kinds)
+    for again in others:
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+            assert np.abs(a).max() > 0
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)
