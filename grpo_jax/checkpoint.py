@@ -1,5 +1,7 @@
 """Checkpoints of a run, and its right to resume.
 
+On several hosts, all call these together, and all see the same folder.
+
     compare        whether the run's folder holds nothing, or the same run; anything else is refused
     claim          the folder, its lock and its config.json
     Checkpoints    asynchronous, atomic saves by Orbax of a state (a pytree of arrays) and `meta` (plain JSON)
@@ -33,6 +35,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 from grpo_jax import config as configs
+from grpo_jax import hosts
 
 State = Any
 _LOCK, _PARTIAL = "lock", "config.tmp"  # files in a run's folder
@@ -109,6 +112,7 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file it touches
         self._folder = (Path(run_dir) / "checkpoints").resolve()
         self._keep = keep
+        self.latest = 0  # the step of the newest checkpoint that was restored or saved
         self._manager: ocp.CheckpointManager | None = None
 
     def restore(self, like: State, warn: Callable[[str], None]) -> Restored | None:
@@ -122,17 +126,22 @@ class Checkpoints:
         damaged: list[tuple[int, str]] = []
         _silence_unfinished_reads()
         for step in steps:
+            restored, why = None, None
             try:
                 restored = self._read(step, abstract)
             except Exception as error:  # Orbax and tensorstore raise a dozen kinds for a file cut short
-                why = " ".join(str(error).split()).split(". See full")[0]
-                damaged.append((step, why[:200] or type(error).__name__))
+                why = " ".join(str(error).split()).split(". See full")[0][:200] or type(error).__name__
+            whys = [why for why, _ in hosts.gather(why) if why is not None]
+            if whys:
+                damaged.append((step, whys[0]))
                 continue
-            for bad, why in damaged:
+            for bad, why in damaged if hosts.is_main() else ():
                 earlier = len(list(self._folder.glob(f"damaged-{bad}*")))
                 aside = self._folder / (f"damaged-{bad}-{earlier + 1}" if earlier else f"damaged-{bad}")
                 warn(f"checkpoint {self._folder / str(bad)} is damaged ({why}); now {aside.name}, going on from step {step}")
                 (self._folder / str(bad)).rename(aside)
+            hosts.gather(None)  # no host goes on before the names are what they will be
+            self.latest = step
             return restored
         if damaged:
             step, why = damaged[0]
@@ -153,6 +162,7 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True)
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         meta = {**meta, "step": step, "checksums": checksums(state)}
+        self.latest = step
         self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
 
     def close(self) -> None:

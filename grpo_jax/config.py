@@ -80,6 +80,8 @@ class Rollout:
     rows: int | None = None
     """Responses decoded at once. Left out: what the device's memory holds (128 where it does not tell, as on a CPU), taken
     once a run. No sample depends on it; lower it if memory runs out while sampling."""
+    tensor: int | None = None
+    """Devices of a host that share one copy of the weights while sampling. Left out: as few as hold it."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,20 @@ class Mesh:
 
 
 @dataclass(frozen=True)
+class Hosts:
+    launcher: Literal["auto", "tpu", "none"] = "auto"
+    """Who says which hosts belong together. auto: Slurm's srun, Open MPI's mpirun, the workers that the environment of a TPU
+    pod names, or the flags below; tpu: a pod whose workers are named elsewhere (TPU VMs); none: this host alone, whatever
+    the environment says. Every host runs the same command, one process each."""
+    coordinator: str | None = None
+    """Address and port of the first host, as in 10.0.0.1:1234, where no launcher says it."""
+    count: int | None = None
+    """Hosts in all, where no launcher says it."""
+    index: int | None = None
+    """This host, from 0, where no launcher says it."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     every: int = 10
     """Steps between checkpoints; one is always written at the end."""
@@ -191,6 +207,7 @@ class TrainConfig:
     optimizer: Optimizer = field(default_factory=Optimizer)
     learner: Learner = field(default_factory=Learner)
     mesh: Mesh = field(default_factory=Mesh)
+    hosts: Hosts = field(default_factory=Hosts)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     validation: Validation = field(default_factory=Validation)
     export: Export = field(default_factory=Export)
@@ -215,6 +232,7 @@ class SftConfig:
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-5, schedule="cosine", warmup=0.1))
     learner: Learner = field(default_factory=Learner)
     mesh: Mesh = field(default_factory=Mesh)
+    hosts: Hosts = field(default_factory=Hosts)
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(every=100))
     validation: Validation = field(default_factory=lambda: Validation(every=100))
     export: Export = field(default_factory=Export)
@@ -223,12 +241,19 @@ class SftConfig:
 Config = TypeVar("Config", TrainConfig, SftConfig)
 
 OPERATIONAL = (
-    "run.dir", "run.steps", "run.epochs", "run.tensorboard", "rollout.decode_steps_per_call", "rollout.rows",
-    "learner.tokens_per_microbatch", "learner.remat", "learner.attention", "mesh.", "checkpoint.", "validation.", "export.",
+    "run.dir", "run.steps", "run.epochs", "run.tensorboard", "rollout.decode_steps_per_call", "rollout.rows", "rollout.tensor",
+    "learner.tokens_per_microbatch", "learner.remat", "learner.attention",
+    "mesh.", "hosts.", "checkpoint.", "validation.", "export.",
 )  # fmt: skip
 
 
-_FROM_0 = ("run.seed", "rollout.top_k", "validation.every", "validation.limit")  # whole numbers; the others start at 1
+_FROM_0 = (
+    "run.seed",
+    "rollout.top_k",
+    "hosts.index",
+    "validation.every",
+    "validation.limit",
+)  # whole numbers; the others start at 1
 
 
 def to_dict(config: Any) -> dict[str, Any]:

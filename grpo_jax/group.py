@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,3 +32,27 @@ class Group:
         """Pairs of a token and one that it sees: itself and what stands before it in its segment, and its prompt."""
         own = [len(self.prompt), *map(len, self.responses)]
         return sum(n * (n + 1) // 2 for n in own) + len(self.prompt) * self.response_tokens
+
+
+def flat(groups: Sequence[Group]) -> dict[str, np.ndarray]:
+    """The responses of groups of equal size in four arrays: a form in which hosts give them to each other."""
+    joined = lambda rows, dtype: np.concatenate([np.zeros(0, dtype), *rows])  # noqa: E731
+    every = [(*one,) for group in groups for one in zip(group.responses, group.sampler_logp, strict=True)]
+    return {
+        "length": np.array([[len(r) for r in group.responses] for group in groups], np.int32),
+        "truncated": np.array([group.truncated for group in groups], bool),
+        "tokens": joined([tokens for tokens, _ in every], np.int32),
+        "logp": joined([logp for _, logp in every], np.float32),
+    }
+
+
+def ragged(prompts: Sequence[np.ndarray], arrays: Mapping[str, np.ndarray]) -> list[Group]:
+    """The inverse of `flat`, with the prompts of the groups."""
+    length = arrays["length"]
+    ends = np.cumsum(length)[:-1]
+    tokens, logp = (iter(np.split(arrays[name], ends)) for name in ("tokens", "logp"))
+    take = lambda rows, n: tuple(next(rows) for _ in range(n))  # noqa: E731
+    return [
+        Group(prompt, take(tokens, length.shape[1]), take(logp, length.shape[1]), tuple(map(bool, cut)))
+        for prompt, cut in zip(prompts, arrays["truncated"], strict=True)
+    ]

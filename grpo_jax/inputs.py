@@ -167,10 +167,12 @@ def steps_of(run: config.Run, rows: int, batch_size: int) -> int:
     return run.steps if run.steps is not None else max(1, round(run.epochs * rows / batch_size))
 
 
-def warn_of_context(policy: Policy, longest: int, what: str) -> None:
-    """Warns where a sequence may be longer than any that the model was made for: nothing fails there, but it writes worse."""
+def check_context(policy: Policy, longest: int, options: str) -> None:
+    """Raises ValueError where a sequence may be longer than any that the model was made for: nothing fails there by itself."""
     if longest > policy.model.max_positions:
-        console.warn(f"{what} take {longest:,} tokens; {policy.path} is made for {policy.model.max_positions:,}")
+        raise ValueError(
+            f"{options} allow {longest:,} tokens; {policy.path} is made for {policy.model.max_positions:,}; lower them"
+        )
 
 
 def devices(device_mesh: Mesh, learner: config.Learner, model: DecoderConfig) -> str:

@@ -2,14 +2,21 @@
 
 Three axes: `data` (whole copies of the weights), `fsdp` (weights and optimizer state split, gathered layer by layer) and
 `tensor` (heads, feed-forward width and vocabulary split). Rows of packs and of rollouts are split over data and fsdp.
+
+    make         the mesh of the learner, over all devices of all hosts
+    local        the mesh of the sampler, over the devices of this host: while decoding, no host waits for another
+    host_copy    the learner's parameters on the sampler's mesh, once a step
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -17,6 +24,7 @@ from grpo_jax import config
 from models import decoder
 from models.decoder import DecoderConfig
 
+AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")
 # Logical axes that are not here (layers, head_dim) are never split.
 _RULES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ff": "tensor"}
@@ -32,14 +40,39 @@ def make(sizes: config.Mesh) -> Mesh:
             f"--mesh.data {data} x --mesh.fsdp {sizes.fsdp} x --mesh.tensor {sizes.tensor} = {data * given}, "
             f"but there are {devices} devices; make the product fit"
         )
-    return jax.make_mesh((data, sizes.fsdp, sizes.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh((data, sizes.fsdp, sizes.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def shardings(mesh: Mesh, model: DecoderConfig) -> Any:
+def local(tensor: int) -> Mesh:
+    """The devices of this host: rows split over `data`, the weights whole on each of its places or split in `tensor` parts."""
+    return Mesh(_by_host(tensor)[jax.process_index()], AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _by_host(tensor: int) -> np.ndarray:
+    """All devices as [hosts, data, fsdp = 1, tensor]. Raises ValueError where `tensor` does not divide those of a host."""
+    if jax.local_device_count() % tensor:
+        raise ValueError(f"--rollout.tensor {tensor} does not divide the {jax.local_device_count()} devices of a host")
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return np.array(devices).reshape(jax.process_count(), -1, 1, tensor)
+
+
+def rollout_tensor(model: DecoderConfig, dtype: str, devices: int, memory: int | None) -> int:
+    """Over how many of a host's `devices` sampling must split the weights; `memory` of a device in bytes, None: not known.
+
+    The least number that divides devices and heads and keeps two copies of the weights, stacked and by layer, within half
+    of the memory; where none does, the largest.
+    """
+    weights = 2 * sum(x.size for x in jax.tree.leaves(decoder.shapes(model))) * jnp.dtype(dtype).itemsize
+    sizes = (model.heads, model.d_ff, model.vocab, devices)
+    fit = [n for n in range(1, devices + 1) if all(size % n == 0 for size in sizes)]
+    return next((n for n in fit if memory is None or weights / n <= memory / 2), fit[-1])
+
+
+def shardings(mesh: Mesh, model: DecoderConfig, section: str = "mesh") -> Any:
     """A NamedSharding for every parameter.
 
     Key/value heads that `tensor` does not divide are left whole on each of its devices. Raises ValueError where the mesh
-    does not divide another dimension that it splits.
+    does not divide another dimension that it splits, naming the option of the config's `section` that sets it.
     """
     axes, shapes = decoder.logical_axes(model), decoder.shapes(model)
     is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
@@ -54,11 +87,50 @@ def shardings(mesh: Mesh, model: DecoderConfig) -> Any:
             named = ", ".join(f"{axis} {size}" for axis, size in split.items())
             fit = [str(n) for n in range(1, mesh.size + 1) if not any(size % n for size in split.values())]
             raise ValueError(
-                f"--mesh.{option} {mesh.shape[option]} does not divide what it splits of this model ({named}); "
+                f"--{section}.{option} {mesh.shape[option]} does not divide what it splits of this model ({named}); "
                 f"up to {mesh.size} devices, {', '.join(fit)} would"
             )
     lies = lambda names, _: NamedSharding(mesh, PartitionSpec(*map(rules.get, names)))  # noqa: E731
     return jax.tree.map(lies, axes, shapes, is_leaf=is_axes)
+
+
+_PIECE = 2**28  # bytes that `host_copy` moves at a time
+
+
+def host_copy(params: Any, model: DecoderConfig, dtype: str, tensor: int) -> Any:
+    """The parameters in `dtype` on the `local` mesh of every host. All hosts must call it at once.
+
+    Some layers at a time, so that a device holds its part of the copy and little more: whole leaves, gathered, are a
+    quarter of the weights.
+    """
+    here = local(tensor)
+    everywhere = Mesh(_by_host(tensor), ("hosts", *AXES), axis_types=(AxisType.Auto,) * 4)
+
+    def moved(x: Array, sharding: NamedSharding) -> Array:
+        x = jax.device_put(x, NamedSharding(everywhere, sharding.spec))
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, [s.data for s in x.addressable_shards])
+
+    def one(path: tuple, leaf: Array, sharding: NamedSharding) -> Array:
+        layers = leaf.shape[0]
+        count = max(1, _PIECE * layers // (leaf.size * jnp.dtype(dtype).itemsize))
+        if path[0].key != "layers" or count >= layers:
+            return moved(leaf.astype(dtype), sharding)
+        copy = jnp.zeros(leaf.shape, dtype, device=sharding)
+        for begin in [*range(0, layers - count, count), layers - count]:  # the last may lay a few again
+            copy = _lay(copy, moved(_piece(leaf, begin, count, dtype), sharding), begin)
+        return copy
+
+    return jax.tree_util.tree_map_with_path(one, params, shardings(here, model))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _piece(leaf: Array, begin: int, count: int, dtype: str) -> Array:
+    return jax.lax.dynamic_slice_in_dim(leaf, begin, count).astype(dtype)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _lay(copy: Array, piece: Array, begin: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(copy, piece, begin, 0)
 
 
 def rows(mesh: Mesh) -> NamedSharding:

@@ -104,7 +104,7 @@ class Log:
 
     def step(self, metrics: Mapping[str, Number]) -> None:
         """Writes the row of one step; it survives the process. "step" is an int; numbers not finite become null."""
-        row = _plain(metrics)
+        row = plain(metrics)
         _append(self._metrics, [row])
         if self._board:
             for name, value in row.items():
@@ -114,7 +114,7 @@ class Log:
 
     def rollouts(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes one row a group, each with its "step". Texts may hold anything, lone surrogates too."""
-        _append(self._rollouts, [_plain(row) for row in rows])
+        _append(self._rollouts, [plain(row) for row in rows])
 
     def close(self) -> None:
         self._metrics.close()
@@ -168,7 +168,7 @@ def _append(file: BinaryIO, rows: Sequence[dict]) -> None:
     file.flush()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value in JSON's types: arrays' scalars as numbers, numbers that are not finite as None."""
     match value:
         case None | bool() | str():
@@ -176,9 +176,9 @@ def _plain(value: Any) -> Any:
         case int() | np.integer():
             return int(value)
         case Mapping():
-            return {key: _plain(item) for key, item in value.items()}
+            return {key: plain(item) for key, item in value.items()}
         case list() | tuple():
-            return [_plain(item) for item in value]
+            return [plain(item) for item in value]
         case _:
             number = float(value)
             return number if math.isfinite(number) else None

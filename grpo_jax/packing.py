@@ -240,5 +240,8 @@ def _rows(groups: Sequence[Group], t: int, rectangles: dict[int, tuple[int, int]
 
 
 def place(pack: Pack, sharding: jax.sharding.Sharding | None) -> Pack:
-    """The pack on the device(s), its rows split by `sharding` (over the leading axis B of every array)."""
-    return jax.device_put(pack, sharding)
+    """The pack on the device(s), its rows split by `sharding` (over the leading axis B of every array).
+
+    Every host knows the whole pack and gives its own devices their rows.
+    """
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), pack)

@@ -133,6 +133,7 @@ def sample(
     step: int = 0,
     mesh: Mesh | None = None,
     kernel: str = "tiles",
+    attempts: Sequence[int] | None = None,
     lengths: Sequence[Sequence[int]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Group], Usage]:
@@ -140,7 +141,8 @@ def sample(
 
     With a mesh, rows and prompts are split over it as packs are; the parameters stay where they are. Log-probs are of
     the distribution that was sampled (logits / temperature, cut by top-k and top-p where they are on), or, when greedy, of
-    the model's. A prompt that occurs twice in one call gets other samples the second time ("attempt" in its key).
+    the model's. A prompt that occurs twice gets other samples the second time ("attempt" in its key): `attempts` [N], by
+    default counted within the call, are those of a batch of which these prompts are a part.
     `kernel` is that of learning (grpo_jax.inputs.attention_kernel); prompts take it where it is a fused one. `lengths`
     [N][G], for benchmarks and tests, imposes the tokens of each response: it is cut there, an end token before does not end
     it. Raises ValueError for an empty prompt and for a length outside of 1 ... max_response_tokens.
@@ -152,7 +154,7 @@ def sample(
     if not prompts:
         return [], Usage(0, 0)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    job = _job(config, params, prompts, sampling, order, (seed, step), mesh, kernel, lengths)
+    job = _job(config, params, prompts, sampling, order, (seed, step), mesh, kernel, attempts, lengths)
     g, total = sampling.group_size, len(prompts) * sampling.group_size
     book = _Book(deque((rank, j) for rank in range(len(prompts)) for j in range(g)), [g] * len(prompts))
     pool = None
@@ -167,7 +169,7 @@ def sample(
     return in_order, Usage(book.row_steps, sum(group.response_tokens for group in in_order))
 
 
-def _job(config, params, prompts, sampling, order, origin, mesh, kernel, lengths) -> _Job:
+def _job(config, params, prompts, sampling, order, origin, mesh, kernel, attempts, lengths) -> _Job:
     """See `sample`; `order` has the indices of the prompts as they queue."""
     n, g, limit = len(prompts), sampling.group_size, sampling.max_response_tokens
     steps = min(sampling.decode_steps_per_call, limit)
@@ -175,22 +177,26 @@ def _job(config, params, prompts, sampling, order, origin, mesh, kernel, lengths
     token = cache_bytes_a_token(config, params["embed"].dtype)
     fits = None if sampling.cache_bytes is None else sampling.cache_bytes * shards // token
     limits = Limits(min(sampling.rows, n * g), n, seating.widths(limit, steps), steps, shards, fits)
-    identities = _identities(prompts)
-    words = np.array([[*identities[i][:2], j, identities[i][2]] for i in order for j in range(g)], np.uint32).reshape(-1, 4)
+    attempts = attempts_of(prompts) if attempts is None else attempts
+    hashes = [np.frombuffer(_digest(prompt)[:8], "<u4") for prompt in prompts]
+    words = np.array([[*hashes[i], j, attempts[i]] for i in order for j in range(g)], np.uint32).reshape(-1, 4)
     keys = np.asarray(_row_keys(origin, words)).reshape(n, g, -1)
     imposed = None if lengths is None else [lengths[i] for i in order]
     return _Job(config, params, sampling, [prompts[i] for i in order], imposed, keys, limits, mesh, kernel)
 
 
-def _identities(prompts: Sequence[np.ndarray]) -> list[tuple[int, int, int]]:
-    """Of each prompt: two words of the hash of its ids, and its attempt: how often it has occurred before in this call."""
+def _digest(prompt: np.ndarray) -> bytes:
+    return hashlib.sha256(np.asarray(prompt, np.int32).tobytes()).digest()
+
+
+def attempts_of(prompts: Sequence[np.ndarray]) -> list[int]:
+    """Of each prompt, how often it has occurred before in this batch."""
     seen: Counter[bytes] = Counter()
-    identities = []
+    attempts = []
     for prompt in prompts:
-        digest = hashlib.sha256(np.asarray(prompt, np.int32).tobytes()).digest()
-        identities.append((int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little"), seen[digest]))
-        seen[digest] += 1
-    return identities
+        attempts.append(seen[_digest(prompt)])
+        seen[_digest(prompt)] += 1
+    return attempts
 
 
 @jax.jit

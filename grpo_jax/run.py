@@ -1,4 +1,10 @@
-"""What every training program does around its loop: claim or resume the run's folder, keep its files, export at the end."""
+"""What every training program does around its loop: claim or resume the run's folder, keep its files, export at the end.
+
+open_run     the weights and the run's state on the devices, from its newest checkpoint where there is one
+guarded      around the loop: what is kept when a run is asked to stop, is interrupted or fails
+end_step     a step's row is logged, its state saved when it is time
+finish       the Hugging Face folder, the curves
+"""
 
 from __future__ import annotations
 
@@ -18,15 +24,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from grpo_jax import checkpoint, console, inputs, learner, metrics, packing
+from grpo_jax import checkpoint, console, hosts, inputs, learner, metrics, packing
 from grpo_jax import config as configs
 from grpo_jax import mesh as meshes
 from grpo_jax.group import Group
 from grpo_jax.inputs import Policy, Tasks
 from grpo_jax.learner import Objective
 from grpo_jax.packing import Packed
-from models import hf
-from models.decoder import Params
+from models import decoder, hf
+from models.decoder import DecoderConfig, Params
 
 # Of |learner's - sampler's log-prob|, the mean over a step's tokens from which on it is an alarm.
 MOST_MISMATCH = 0.02
@@ -39,31 +45,46 @@ class Run:
 
     config: Any  # TrainConfig or SftConfig
     policy: Policy
-    mesh: Mesh
+    mesh: Mesh  # of the learner
+    local: Mesh  # of the sampler: this host's devices
     state: dict[str, Any]  # {"params", "optimizer"}
     reference: Params | None  # the initial weights in the compute dtype, where a KL term wants them
     objective: Objective
     kernel: str  # of attention in learning
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
-    step: int  # of the checkpoint it resumed from; 0 for a new run
-    meta: dict[str, Any]
-    log: metrics.Log
+    step: int  # the last whole one: of the checkpoint it resumed from, 0 for a new run; then of the loop
+    meta: dict[str, Any]  # of the next checkpoint; under "pending" the row of `step` while it waits for its validation
+    log: metrics.Log | None  # the first host's
     checkpoints: checkpoint.Checkpoints
-    lock: IO[str]  # held while it is open
+    lock: IO[str] | None  # held while it is open, by the first host
+    stop: hosts.Stop
     said: set[str] = field(default_factory=set)  # what is said once
 
 
 def open_run(
-    config: Any, program: str, policy: Policy, tasks: Tasks, objective: Objective, optimizer_steps: int, mesh: Mesh
+    config: Any,
+    program: str,
+    policy: Policy,
+    tasks: Tasks,
+    objective: Objective,
+    optimizer_steps: int,
+    mesh: Mesh,
+    tensor: int | None = None,
 ) -> Run:
     """Loads the weights, and resumes the run from its newest whole checkpoint, or begins it.
 
-    Raises ValueError where model, tokenizer or data changed since, and where every checkpoint is damaged.
+    `tensor` devices of a host share a copy of the weights in sampling; None: as few as hold it. Raises ValueError where
+    model, tokenizer or data changed since, and where every checkpoint is damaged.
     """
     folder = Path(config.run.dir)
     changed = checkpoint.compare(config, program)
-    params = inputs.load_params(policy, mesh)
+    if tensor is None:
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        tensor = meshes.rollout_tensor(policy.model, objective.dtype, jax.local_device_count(), limit)
+    local = meshes.local(tensor)
+    meshes.shardings(local, policy.model, "rollout")  # refuses what it does not divide
+    params = hosts.together(lambda: inputs.load_params(policy, mesh))
     optimizer, schedule = learner.make_optimizer(config.optimizer, optimizer_steps)
     kernel = inputs.attention_kernel(config.learner, policy.model)
     meta = {
@@ -73,6 +94,8 @@ def open_run(
         "resolved": {
             "device": jax.devices()[0].device_kind,
             "mesh": dict(mesh.shape),
+            "hosts": jax.process_count(),
+            "rollout_tensor": tensor,
             "dtype": objective.dtype,
             "attention": kernel,
         },
@@ -92,8 +115,11 @@ def open_run(
         # What was chosen for this kind of device stays chosen: the memory that is free today must not change a shape.
         if meta["resolved"].items() <= restored.meta["resolved"].items():
             meta["resolved"] = restored.meta["resolved"]
-    lock = checkpoint.claim(config, program)
+    lock = hosts.together(lambda: checkpoint.claim(config, program) if hosts.is_main() else None)
+    hosts.together(lambda: _seen(folder))
     step = restored.step if restored else 0
+    if restored is not None and "pending" in restored.meta:
+        meta["pending"] = restored.meta["pending"]
     if restored is not None:
         before = restored.meta["resolved"]
         changed += [
@@ -102,10 +128,60 @@ def open_run(
         console.header(f"resuming {folder} after step {step}", [("changed", c) for c in changed])
     elif (folder / "metrics.jsonl").exists():
         console.warn(f"{folder}: no checkpoint to resume from; the run begins anew, over its old metrics and rollouts")
-    log = metrics.Log.open(folder, step, config.run.tensorboard)
+    log = hosts.together(lambda: metrics.Log.open(folder, step, config.run.tensorboard) if hosts.is_main() else None)
     return Run(
-        config, policy, mesh, state, reference, objective, kernel, optimizer, schedule, step, meta, log, checkpoints, lock
+        config, policy, mesh, local, state, reference, objective, kernel, optimizer, schedule, step, meta, log, checkpoints,
+        lock, hosts.Stop(),
     )  # fmt: skip
+
+
+def _seen(folder: Path, seconds: int = 60) -> None:
+    """Waits for the run's folder, as long as a network file system may take to show it."""
+    began = time.monotonic()
+    while not (folder / "config.json").exists():
+        if time.monotonic() - began > seconds:
+            raise ValueError(f"{folder} is not the folder that the first host sees; give a --run.dir that all hosts share")
+        time.sleep(0.5)
+
+
+def weights(run: Run, dtype: str | None = None) -> Params:
+    """The policy's weights on this host's devices (`run.local`), in the dtype of the computation or another."""
+    return meshes.host_copy(run.state["params"], run.policy.model, dtype or run.objective.dtype, run.local.shape["tensor"])
+
+
+@contextmanager
+def guarded(run: Run) -> Iterator[None]:
+    """Around the loop. A run that was asked to stop saves its last whole step and exits with `hosts.STOPPED`; one that is
+    interrupted or fails waits for its last save, unless there are other hosts, which would not come to it."""
+    try:
+        yield
+    except hosts.Stopped:
+        if run.step and (run.step != run.checkpoints.latest):
+            save(run)
+        run.checkpoints.close()
+        console.note(f"stopped after step {run.step}; the same command goes on from there")
+        raise SystemExit(hosts.STOPPED) from None
+    except BaseException:
+        if jax.process_count() == 1:
+            run.checkpoints.close()
+        raise
+    finally:
+        run.stop.release()
+    run.checkpoints.close()
+
+
+def save(run: Run) -> None:
+    """Starts saving the state as that after `run.step`."""
+    run.checkpoints.save(run.step, run.state, run.meta)
+
+
+def end_step(run: Run, show: console.Progress, row: dict[str, Any], last: bool) -> None:
+    """Logs the row of a step that is whole, and saves where it is time, or the `last`."""
+    report(run, show, row)
+    run.step = row["step"]
+    run.meta.pop("pending", None)
+    if last or run.step % run.config.checkpoint.every == 0:
+        save(run)
 
 
 def pack(run: Run, groups: Sequence[Group]) -> Packed:
@@ -128,9 +204,10 @@ def report(run: Run, show: console.Progress, row: dict[str, Any]) -> None:
     # From the optimizer, not from the step: a step whose groups are all left out takes no optimizer step.
     taken = int(optax.tree_utils.tree_get_all_with_path(run.state["optimizer"], "count")[0][1])
     row["learning_rate"] = float(run.schedule(max(0, taken - 1)))
-    run.log.step(row)
+    if run.log:
+        run.log.step(row)
     show.step(row)
-    if row["step"] > run.step and "started" not in run.said:
+    if row["step"] and "started" not in run.said:
         run.said.add("started")
         console.note(f"the first step was done {time.perf_counter() - _BEGAN:.0f} s after the start, compilation included")
 
@@ -150,9 +227,12 @@ def watch(run: Run, row: Mapping[str, Any]) -> None:
 def finish(run: Run) -> None:
     """Writes the Hugging Face folder, draws the curves, and says what came of it."""
     folder = Path(run.config.run.dir)
+    params = weights(run, run.config.export.dtype)
+    if not run.log:
+        hosts.gather(None)  # the first host writes
+        return
     run.log.close()
-    params = jax.device_get(run.state["params"])
-    hf.save(folder / "hf", run.policy.model, params, run.policy.tokenizer, dtype=run.config.export.dtype)
+    hf.save(folder / "hf", run.policy.model, jax.device_get(params), run.policy.tokenizer, dtype=run.config.export.dtype)
     drawn = metrics.curves(folder)
     validated = [row for row in metrics.read(folder / "metrics.jsonl") if "val/accuracy" in row or "val/loss" in row]
     places = [
@@ -165,6 +245,7 @@ def finish(run: Run) -> None:
     first, last = (validated[0], validated[-1]) if validated else ({}, {})
     console.closing(first, last, [(label, place) for label, place in places if Path(place).stat().st_size])
     run.lock.close()
+    hosts.gather(None)
 
 
 def cache_compilations() -> None:
@@ -199,12 +280,13 @@ class Clock:
         }
 
 
-def free_memory(params: Params, dtype: str, mesh: Mesh) -> int | None:
+def free_memory(model: DecoderConfig, dtype: str, mesh: Mesh) -> int | None:
     """Bytes that are free on the first device beside two copies of the weights, stacked and by layer; None: not told."""
     stats = mesh.local_devices[0].memory_stats() or {}
     if not {"bytes_limit", "bytes_in_use"} <= stats.keys():
         return None
-    copy = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(params))
+    shapes, places = jax.tree.leaves(decoder.shapes(model)), jax.tree.leaves(meshes.shardings(mesh, model))
+    copy = sum(math.prod(place.shard_shape(x.shape)) for x, place in zip(shapes, places, strict=True))
     return stats["bytes_limit"] - stats["bytes_in_use"] - 2 * copy * jnp.dtype(dtype).itemsize
 
 

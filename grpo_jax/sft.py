@@ -8,32 +8,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import closing
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from grpo_jax import checkpoint, config, console, inputs, learner, mesh
+from grpo_jax import checkpoint, config, console, hosts, inputs, learner, mesh
 from grpo_jax.config import SftConfig
 from grpo_jax.console import Progress
 from grpo_jax.group import Group
-from grpo_jax.inputs import Task
+from grpo_jax.inputs import Policy, Task, Tasks
 from grpo_jax.learner import Objective
-from grpo_jax.run import Clock, Run, cache_compilations, finish, memory, open_run, pack, padding, report
+from grpo_jax.run import Clock, Run, cache_compilations, end_step, finish, guarded, memory, open_run, pack, padding, report
 
 
 def sft(cfg: SftConfig) -> None:
     """Runs, or resumes, the run of `cfg.run.dir`. Raises ValueError or FileNotFoundError for what a user can mend."""
-    inputs.require(cfg)
-    checkpoint.compare(cfg, "grpo_jax.sft")
-    if cfg.learner.tokens_per_microbatch < cfg.batch.max_tokens:
-        raise ValueError(
-            f"--learner.tokens_per_microbatch {cfg.learner.tokens_per_microbatch} is less than "
-            f"--batch.max_tokens {cfg.batch.max_tokens}; raise it"
-        )
-    device_mesh = mesh.make(cfg.mesh)
-    policy = inputs.load_policy(cfg.model.path)
-    tasks = inputs.load_tasks(cfg.data, policy, cfg.batch.max_tokens, cfg.run.seed, cfg.validation.limit, with_target=True)
+    hosts.start(cfg.hosts)
+    device_mesh, policy, tasks = hosts.together(lambda: prepare(cfg))
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.batch.rows_per_step)
     objective = Objective("cross_entropy", dtype=inputs.compute_dtype(cfg.learner), remat=cfg.learner.remat, mesh=device_mesh)
     without = [task for task in tasks.train if not {"reasoning", "response"} & task.example.extra.keys()]
@@ -46,13 +38,13 @@ def sft(cfg: SftConfig) -> None:
             ("devices", inputs.devices(device_mesh, cfg.learner, policy.model)),
         ],
     )
-    longest = max(len(task.prompt) + len(task.target) for task in tasks.train)
-    inputs.warn_of_context(policy, longest, "the longest prompt and reply")
     run = open_run(cfg, "grpo_jax.sft", policy, tasks, objective, steps, device_mesh)
-    with closing(run.checkpoints), Progress(steps, run.step) as show:  # an interrupted run too waits for its last save
+    with guarded(run), Progress(steps, run.step) as show:
         if run.step == 0:
             report(run, show, {"step": 0, **validate(run, tasks.validation, show)})
         for step in range(run.step + 1, steps + 1):
+            if any(asked for asked, _ in hosts.gather(run.stop.asked())):
+                raise hosts.Stopped
             clock = Clock()
             batch = inputs.batch(tasks.train, cfg.batch.rows_per_step, cfg.run.seed, step)
             show.phase("update")
@@ -73,10 +65,24 @@ def sft(cfg: SftConfig) -> None:
             row |= clock.metrics() | padding([packed]) | memory()
             if step == steps or (cfg.validation.every and step % cfg.validation.every == 0):
                 row |= validate(run, tasks.validation, show)
-            report(run, show, row)
-            if step == steps or step % cfg.checkpoint.every == 0:
-                run.checkpoints.save(step, run.state, {**run.meta, "data_position": step * len(batch)})
+            end_step(run, show, row, step == steps)
     finish(run)
+
+
+def prepare(cfg: SftConfig) -> tuple[Mesh, Policy, Tasks]:
+    """What a run needs besides its weights; whatever a user must mend is refused here, before anything is compiled."""
+    inputs.require(cfg)
+    checkpoint.compare(cfg, "grpo_jax.sft")
+    if cfg.learner.tokens_per_microbatch < cfg.batch.max_tokens:
+        raise ValueError(
+            f"--learner.tokens_per_microbatch {cfg.learner.tokens_per_microbatch} is less than "
+            f"--batch.max_tokens {cfg.batch.max_tokens}; raise it"
+        )
+    device_mesh = mesh.make(cfg.mesh)
+    policy = inputs.load_policy(cfg.model.path)
+    inputs.check_context(policy, cfg.batch.max_tokens, "--batch.max_tokens")
+    tasks = inputs.load_tasks(cfg.data, policy, cfg.batch.max_tokens, cfg.run.seed, cfg.validation.limit, with_target=True)
+    return device_mesh, policy, tasks
 
 
 def group_of(task: Task) -> Group:

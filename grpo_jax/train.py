@@ -4,6 +4,7 @@ From a prompt to a gradient:
 
     rollout.sample          prompts -> groups of responses, each prompt computed once
     score                   groups -> rewards, in plain Python on the host
+    exchange                the shares of several hosts -> the whole batch, on each
     loss.group_advantages   rewards -> advantages
     packing.pack            groups -> packs of one compiled shape
     learner.update          packs -> gradient, optimizer step
@@ -17,49 +18,77 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from grpo_jax import checkpoint, config, console, inputs, learner, loss, mesh, metrics, reward, rollout
+from grpo_jax import checkpoint, config, console, hosts, inputs, learner, loss, mesh, metrics, reward, rollout
 from grpo_jax.config import TrainConfig
 from grpo_jax.console import Progress
-from grpo_jax.group import Group
+from grpo_jax.group import Group, flat, ragged
 from grpo_jax.inputs import Policy, Task, Tasks
 from grpo_jax.learner import Objective
 from grpo_jax.packing import Pack, Packed
 from grpo_jax.reward import Response, Reward, Scored
 from grpo_jax.rollout import Sampling, Usage
-from grpo_jax.run import Clock, Run, cache_compilations, finish, free_memory, memory, open_run, pack, padding, report, watch
+from grpo_jax.run import (
+    Clock,
+    Run,
+    cache_compilations,
+    end_step,
+    finish,
+    free_memory,
+    guarded,
+    memory,
+    open_run,
+    pack,
+    padding,
+    report,
+    watch,
+    weights,
+)  # fmt: skip
+from models.decoder import Params
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the policy made of some tasks, and what came of it; in the order of the tasks."""
+
+    tasks: Sequence[Task]
+    groups: list[Group]
+    texts: list[list[str]]
+    scored: list[list[Scored]]
+    usage: Usage  # of all hosts together
+    seconds: float  # of sampling, on the host that took longest
 
 
 def train(cfg: TrainConfig) -> None:
     """Runs, or resumes, the run of `cfg.run.dir`. Raises ValueError or FileNotFoundError for what a user can mend."""
-    score_group = check(cfg)
-    device_mesh = mesh.make(cfg.mesh)
-    policy = inputs.load_policy(cfg.model.path)
-    tasks = inputs.load_tasks(cfg.data, policy, cfg.rollout.max_prompt_tokens, cfg.run.seed, cfg.validation.limit)
+    hosts.start(cfg.hosts)
+    score_group, device_mesh, policy, tasks = hosts.together(lambda: prepare(cfg))
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.rollout.prompts_per_step)
     introduce(cfg, policy, tasks, steps, device_mesh)
-    run = open_run(cfg, "grpo_jax.train", policy, tasks, objective_of(cfg, device_mesh), steps * minibatches(cfg), device_mesh)
+    run = open_run(
+        cfg, "grpo_jax.train", policy, tasks, objective_of(cfg, device_mesh), steps * minibatches(cfg), device_mesh,
+        cfg.rollout.tensor,
+    )  # fmt: skip
     sampling = sampling_of(cfg.rollout, run)
-    with closing(run.checkpoints), Progress(steps, run.step) as show:  # an interrupted run too waits for its last save
-        if run.step == 0:
+    with guarded(run), Progress(steps, run.step) as show:
+        if "pending" in run.meta:  # it was stopped in the validation of its last step
+            row = run.meta["pending"]
+            end_step(run, show, row | validate(run, tasks.validation, sampling, score_group, show), row["step"] == steps)
+        elif run.step == 0:
             report(run, show, {"step": 0, **validate(run, tasks.validation, sampling, score_group, show)})
         for step in range(run.step + 1, steps + 1):
             clock = Clock()
-            batch = inputs.batch(tasks.train, cfg.rollout.prompts_per_step, cfg.run.seed, step)
-            with clock.time("rollout"):
-                groups, usage = respond(run, batch, sampling, show, "rollout", step)
-            with clock.time("reward"):
-                texts, scored = score(policy, batch, groups, score_group)
-                rewards = np.array([[s.value for s in row] for row in scored])
-                advantages = np.asarray(loss.group_advantages(rewards, normalize=cfg.loss.normalize))
-                groups = [replace(g, advantages=a) for g, a in zip(groups, advantages, strict=True)]
+            prompts = inputs.batch(tasks.train, cfg.rollout.prompts_per_step, cfg.run.seed, step)
+            batch = exchange(run, prompts, sampling, score_group, show, "rollout", clock, step)
+            rewards = np.array([[s.value for s in row] for row in batch.scored])
+            advantages = np.asarray(loss.group_advantages(rewards, normalize=cfg.loss.normalize))
+            groups = [replace(g, advantages=a) for g, a in zip(batch.groups, advantages, strict=True)]
             packed = pack_minibatches(run, groups)
             with clock.time("reference"):
                 minibatch_packs = add_reference(run, [one.packs for one in packed], show)
@@ -67,19 +96,30 @@ def train(cfg: TrainConfig) -> None:
                 learned = learn(run, minibatch_packs, show)
             row = {
                 "step": step,
-                "epoch": step * len(batch) / len(tasks.train),
-                **metrics.summarize(groups, scored),
+                "epoch": step * len(prompts) / len(tasks.train),
+                **metrics.summarize(groups, batch.scored),
                 **learned,
             }
-            row |= speeds(groups, usage, clock) | padding(packed) | memory()
-            if step == steps or (cfg.validation.every and step % cfg.validation.every == 0):
-                row |= validate(run, tasks.validation, sampling, score_group, show)
-            run.log.rollouts(rollout_rows(step, batch, groups, texts, scored, policy))
-            report(run, show, row)
+            row |= speeds(batch, clock) | padding(packed) | memory()
+            if run.log:
+                run.log.rollouts(rollout_rows(step, replace(batch, groups=groups), policy))
             watch(run, row)
-            if step == steps or step % cfg.checkpoint.every == 0:
-                run.checkpoints.save(step, run.state, {**run.meta, "data_position": step * len(batch)})
+            if step == steps or (cfg.validation.every and step % cfg.validation.every == 0):
+                run.step, run.meta["pending"] = step, metrics.plain(row)
+                row |= validate(run, tasks.validation, sampling, score_group, show)
+            end_step(run, show, row, step == steps)
     finish(run)
+
+
+def prepare(cfg: TrainConfig) -> tuple[Reward, Mesh, Policy, Tasks]:
+    """What a run needs besides its weights; whatever a user must mend is refused here, before anything is compiled."""
+    score_group = check(cfg)
+    device_mesh = mesh.make(cfg.mesh)
+    policy = inputs.load_policy(cfg.model.path)
+    longest = cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
+    inputs.check_context(policy, longest, "--rollout.max_prompt_tokens and --rollout.max_response_tokens")
+    tasks = inputs.load_tasks(cfg.data, policy, cfg.rollout.max_prompt_tokens, cfg.run.seed, cfg.validation.limit)
+    return score_group, device_mesh, policy, tasks
 
 
 def check(cfg: TrainConfig) -> Reward:
@@ -114,10 +154,11 @@ def sampling_of(settings: config.Rollout, run: Run) -> Sampling:
     )  # fmt: skip
     resolved = run.meta["resolved"]
     if "rows" not in resolved:
-        free = free_memory(run.state["params"], run.objective.dtype, run.mesh)
-        resolved["rows"], resolved["cache_bytes"] = rollout.pool_size(
-            run.policy.model, run.objective.dtype, sampling, settings.max_prompt_tokens, free, mesh.shards(run.mesh)
+        free = free_memory(run.policy.model, run.objective.dtype, run.local)
+        here = rollout.pool_size(
+            run.policy.model, run.objective.dtype, sampling, settings.max_prompt_tokens, free, mesh.shards(run.local)
         )
+        resolved["rows"], resolved["cache_bytes"] = min(tuple(found) for found, _ in hosts.gather(here))
     sampling = replace(sampling, rows=settings.rows or resolved["rows"], cache_bytes=resolved["cache_bytes"])
     bound = "" if sampling.cache_bytes is None else f", their caches in {sampling.cache_bytes / 1e9:.3g} GB a device"
     console.note(f"sampling: up to {sampling.rows:,} responses at once{bound} (--rollout.rows)")
@@ -150,24 +191,85 @@ def introduce(cfg: TrainConfig, policy: Policy, tasks: Tasks, steps: int, device
             ("devices", inputs.devices(device_mesh, cfg.learner, policy.model)),
         ],
     )
-    longest = max(len(task.prompt) for task in tasks.train) + cfg.rollout.max_response_tokens
-    inputs.warn_of_context(policy, longest, "the longest prompt and a response of --rollout.max_response_tokens")
+
+
+def exchange(
+    run: Run,
+    tasks: Sequence[Task],
+    sampling: Sampling,
+    score_group: Reward,
+    show: Progress,
+    phase: str,
+    clock: Clock,
+    step: int = 0,
+) -> Batch:
+    """Responses of the present policy to the tasks, scored. Each host answers its share, and all then know the whole.
+
+    Raises `hosts.Stopped`, on all hosts, where one was asked to stop.
+    """
+    mine, attempts = hosts.share(tasks), hosts.share(rollout.attempts_of([task.prompt for task in tasks]))
+    found: dict[str, Any] = {"stopped": True}
+    arrays = {}
+    params = weights(run)
+    try:
+        with clock.time(phase):
+            groups, usage = respond(run, params, mine, attempts, sampling, show, phase, step)
+        with clock.time("reward"):
+            texts, scored = score(run.policy, mine, groups, score_group)
+        found = {
+            "stopped": run.stop.asked(),
+            "texts": texts,
+            "scores": [[(float(s.value), s.reason) for s in row] for row in scored],
+            "usage": (usage.row_steps, usage.tokens),
+            "seconds": clock.seconds[phase],
+        }
+        arrays = flat(groups)
+    except hosts.Stopped:
+        pass
+    del params
+    with clock.time("exchange"):  # with the wait for the host that takes longest
+        told = hosts.gather(found, arrays)
+    if any(one["stopped"] for one, _ in told):
+        raise hosts.Stopped
+    prompts = [[task.prompt for task in tasks[i :: len(told)]] for i in range(len(told))]
+    shares = [
+        list(zip(ragged(some, arrays), one["texts"], one["scores"], strict=True))
+        for some, (one, arrays) in zip(prompts, told, strict=True)
+    ]
+    groups, texts, scores = (list(x) for x in zip(*hosts.whole(shares), strict=True))
+    scored = [[Scored(value, reason, {}) for value, reason in row] for row in scores]
+    usage = Usage(*(sum(one["usage"][i] for one, _ in told) for i in range(2)))
+    return Batch(tasks, groups, texts, scored, usage, max(one["seconds"] for one, _ in told))
 
 
 def respond(
-    run: Run, tasks: Sequence[Task], sampling: Sampling, show: Progress, phase: str, step: int = 0
+    run: Run,
+    params: Params,
+    tasks: Sequence[Task],
+    attempts: Sequence[int],
+    sampling: Sampling,
+    show: Progress,
+    phase: str,
+    step: int,
 ) -> tuple[list[Group], Usage]:
-    """Responses of the present policy to the prompts of the tasks."""
+    """Responses to the prompts of this host's tasks; raises `hosts.Stopped` soon after the run was asked to stop."""
+
+    def progress(done: int, total: int) -> None:
+        show.phase(phase, done, total)
+        if run.stop.asked():
+            raise hosts.Stopped
+
     return rollout.sample(
         run.policy.model,
-        learner.cast(run.state["params"], run.objective.dtype),
+        params,
         [task.prompt for task in tasks],
         sampling,
         seed=run.config.run.seed,
         step=step,
-        mesh=run.mesh,
+        mesh=run.local,
         kernel=run.kernel,
-        progress=lambda done, total: show.phase(phase, done, total),
+        attempts=attempts,
+        progress=progress,
     )
 
 
@@ -228,40 +330,33 @@ def validate(run: Run, tasks: Sequence[Task], sampling: Sampling, score_group: R
     if not tasks:
         return {}
     clock = Clock()
-    with clock.time("validation"):
-        groups, _ = respond(run, tasks, replace(sampling, temperature=0.0, group_size=1), show, "validation")
-        _, scored = score(run.policy, tasks, groups, score_group)
-    shares = {k: v for k, v in metrics.summarize(groups, scored).items() if k.startswith(("reason/", "response_tokens/mean"))}
-    accuracy = sum(row[0].value >= 1 for row in scored) / len(scored)
+    greedy = replace(sampling, temperature=0.0, group_size=1)
+    batch = exchange(run, tasks, greedy, score_group, show, "validation", clock)
+    summary = metrics.summarize(batch.groups, batch.scored)
+    shares = {k: v for k, v in summary.items() if k.startswith(("reason/", "response_tokens/mean"))}
+    accuracy = sum(row[0].value >= 1 for row in batch.scored) / len(tasks)
     return {
         "val/accuracy": accuracy,
         **{f"val/{k}": v for k, v in shares.items()},
-        "time/validation": clock.seconds["validation"],
+        "time/validation": sum(clock.seconds.values()),
     }
 
 
-def speeds(groups: Sequence[Group], usage: Usage, clock: Clock) -> dict[str, float]:
+def speeds(batch: Batch, clock: Clock) -> dict[str, float]:
     times = clock.metrics()
     learning = times["time/update"] + times["time/reference"]
     return {
         **times,
-        "rollout/tokens_per_second": usage.tokens / times["time/rollout"],
-        "rollout/slot_utilization": usage.tokens / usage.row_steps,
-        "learner/tokens_per_second": sum(g.tokens for g in groups) / learning,
+        "rollout/tokens_per_second": batch.usage.tokens / batch.seconds,
+        "rollout/slot_utilization": batch.usage.tokens / batch.usage.row_steps,
+        "learner/tokens_per_second": sum(g.tokens for g in batch.groups) / learning,
     }
 
 
-def rollout_rows(
-    step: int,
-    batch: Sequence[Task],
-    groups: Sequence[Group],
-    texts: list[list[str]],
-    scored: list[list[Scored]],
-    policy: Policy,
-) -> list[dict]:
+def rollout_rows(step: int, batch: Batch, policy: Policy) -> list[dict]:
     """The rows of rollouts.jsonl: one a group."""
     rows = []
-    for task, group, decoded, scores in zip(batch, groups, texts, scored, strict=True):
+    for task, group, decoded, scores in zip(batch.tasks, batch.groups, batch.texts, batch.scored, strict=True):
         responses = [
             {
                 "text": t,

@@ -141,7 +141,7 @@ def prepare(args: Args) -> Bench:
         mesh=device_mesh,
     )  # fmt: skip
     kernel = inputs.attention_kernel(settings, model)
-    free = free_memory(params, objective.dtype, device_mesh)
+    free = free_memory(model, objective.dtype, device_mesh)
     return Bench(args, model, device_mesh, objective, kernel, make_groups(args, model), free, {"params": params})
 
 

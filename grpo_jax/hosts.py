@@ -1,0 +1,202 @@
+"""Several hosts, one run: every host starts the same program, one process each, and JAX's own runtime joins them.
+
+    start       joins the hosts that a launcher (Slurm, Open MPI, a TPU pod) or flags name; alone it does nothing
+    share       which items of a batch are this host's, and `whole`, the batch again from the shares of all
+    gather      what every host has to say, on every host
+    together    one function on every host; the error of one is the error of all
+    Stop        a wish to stop (SIGTERM, SIGINT) on one host, known to all
+
+The learner is one program over all devices. Sampling and rewards are each host's own; in between, the hosts give each other
+their groups whole, a few megabytes, so that every host knows the same batch, packs it alike and counts the same metrics.
+Only the first host writes files and speaks.
+
+When a host dies, the others are ended by JAX's runtime (SIGABRT) once its heartbeat has been missing for HEARTBEAT seconds,
+or sooner by the collective that it is missing from: nothing may rely on being cleaned up.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from grpo_jax import config, console
+
+HEARTBEAT = 30  # seconds; JAX's own 100 would let a job of many GPUs wait for as long
+STOPPED = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h
+_CHUNK = 2**25  # bytes that a host gives the others at a time: they pass through the memory of its devices
+_STOP = "grpo_jax/stop"  # a folder in the store of JAX's runtime
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Stopped(Exception):
+    """The run was asked to stop; what it has done is kept as far as the checkpoint that is written next."""
+
+
+def start(settings: config.Hosts) -> None:
+    """Joins the hosts. To be called before anything asks JAX for devices.
+
+    Raises ValueError where the flags are not complete, or the hosts do not find each other.
+    """
+    flags = {"coordinator": settings.coordinator, "count": settings.count, "index": settings.index}
+    given = {name for name, value in flags.items() if value is not None}
+    tasks = _tasks(os.environ)
+    if settings.launcher == "none" or (settings.launcher == "auto" and not given and tasks is None and not _tpu_pod()):
+        return
+    if given and given != set(flags) and not (tasks and given == {"coordinator"}):
+        missing = ", ".join(f"--hosts.{name}" for name in flags if name not in given)
+        raise ValueError(f"{missing} missing: several hosts need --hosts.coordinator, --hosts.count and --hosts.index")
+    # JAX's own service for preemptions would take SIGTERM away from `Stop`.
+    jax.config.update("jax_enable_preemption_service", False)
+    # Left to itself under Slurm or Open MPI, JAX takes one device for each process: here a process has all of its host.
+    alone = tasks is None or tasks[1] == 1
+    try:
+        jax.distributed.initialize(
+            settings.coordinator, settings.count, settings.index, [] if alone else None,
+            heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        where = f" at {settings.coordinator}" if settings.coordinator else ""
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"the hosts did not find each other{where} ({why}); see docs/scale.md") from error
+    counts = {process: 0 for process in range(jax.process_count())}
+    for device in jax.devices():
+        counts[device.process_index] += 1
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"the hosts have different numbers of devices ({', '.join(map(str, counts.values()))})")
+    console.CONSOLE.quiet = not is_main()
+
+
+def _tasks(environment: Mapping[str, str]) -> tuple[int, int] | None:
+    """(tasks, tasks on a host) that Slurm's srun or Open MPI's mpirun has started, where there is more than one."""
+    number = lambda name: int(environment.get(name, 0))  # noqa: E731
+    if "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment:
+        tasks, on_host = number("SLURM_NTASKS"), -(-number("SLURM_NTASKS") // max(1, number("SLURM_STEP_NUM_NODES")))
+    else:
+        tasks, on_host = number("OMPI_COMM_WORLD_SIZE"), number("OMPI_COMM_WORLD_LOCAL_SIZE")
+    return (tasks, on_host) if tasks > 1 else None
+
+
+def _tpu_pod() -> bool:
+    """Whether the environment of this process names the several workers of a TPU pod, as GKE's does."""
+    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") and os.environ.get("JAX_PLATFORMS") != "cpu"
+
+
+def is_main() -> bool:
+    """Whether this host is the one that writes files and speaks."""
+    return jax.process_index() == 0
+
+
+# ---------------------------------------------------------------- what hosts tell each other
+
+
+def share(batch: Sequence[Item]) -> list[Item]:
+    """This host's part: every so-manieth item, so that neighbours in length come to different hosts."""
+    return list(batch[jax.process_index() :: jax.process_count()])
+
+
+def whole(shares: Sequence[Sequence[Item]]) -> list[Item]:
+    """The batch in its order, from the `share` of every host."""
+    count, total = len(shares), sum(map(len, shares))
+    return [shares[i % count][i // count] for i in range(total)]
+
+
+def gather(plain: Any, arrays: Mapping[str, np.ndarray] | None = None) -> list[tuple[Any, dict[str, np.ndarray]]]:
+    """(plain, arrays) of every host, in the order of hosts; `plain` is JSON. Every host must call it, in the same place."""
+    arrays = dict(arrays or {})
+    if jax.process_count() == 1:
+        return [(plain, arrays)]
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, plain=np.frombuffer(json.dumps(plain).encode(), np.uint8), **arrays)
+    found = []
+    for data in _gather_bytes(file.getvalue()):
+        with np.load(io.BytesIO(data), allow_pickle=False) as read:
+            both = dict(read)
+        found.append((json.loads(both.pop("plain").tobytes()), both))
+    return found
+
+
+def _gather_bytes(data: bytes) -> list[bytes]:
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    pieces = []
+    for begin in range(0, int(sizes.max()), _CHUNK):
+        width = min(_CHUNK, 1 << (int(sizes.max()) - begin - 1).bit_length())  # few sizes: each is compiled
+        part = np.frombuffer(data[begin : begin + width], np.uint8)
+        pieces.append(multihost_utils.process_allgather(np.pad(part, (0, width - len(part)))))
+    joined = np.concatenate(pieces, 1)
+    return [row[:size].tobytes() for row, size in zip(joined, sizes, strict=True)]
+
+
+def together(f: Callable[[], Result]) -> Result:
+    """f() on every host. Where it raises ValueError or OSError on any, all stop: the first host with it, the others mute.
+
+    f may not wait for other hosts.
+    """
+    if jax.process_count() == 1:
+        return f()
+    result, problem = None, None
+    try:
+        result = f()
+    except (ValueError, OSError) as error:
+        problem = error
+    told = [text for text, _ in gather(None if problem is None else str(problem) or type(problem).__name__)]
+    if all(text is None for text in told):
+        return result
+    if not is_main():
+        sys.exit(2)
+    if problem is not None:
+        raise problem
+    raise ValueError("; ".join(f"host {i}: {text}" for i, text in enumerate(told) if text is not None))
+
+
+# ---------------------------------------------------------------- a wish to stop
+
+
+class Stop:
+    """Takes SIGTERM and SIGINT: the first asks the run to stop at the next place where nothing is lost, a second ends it.
+
+    To be made after `start`, whose runtime would take the signals over.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before = {one: signal.signal(one, self._take) for one in (signal.SIGTERM, signal.SIGINT)}
+
+    def _take(self, number: int, _frame: Any) -> None:
+        self.release()  # a second signal is not waited for
+        self._asked = True
+        console.warn(f"{signal.Signals(number).name}: stopping, to be resumed by the same command; once more to end at once")
+
+    def release(self) -> None:
+        """Gives the signals back to those who had them."""
+        for one, handler in self._before.items():
+            signal.signal(one, handler)
+
+    def asked(self) -> bool:
+        """Whether this host was asked, or heard that another was."""
+        client = _client()
+        if client is None:
+            return self._asked
+        if self._asked:
+            client.key_value_set(f"{_STOP}/{jax.process_index()}", "", allow_overwrite=True)
+        elif client.key_value_dir_get(_STOP):
+            self._asked = True
+            console.warn("another host was asked to stop: stopping, to be resumed by the same command")
+        return self._asked
+
+
+def _client() -> Any:
+    """Of the store that JAX's runtime keeps for all hosts, which can be read while others are busy. Of no public name yet."""
+    from jax._src import distributed
+
+    return distributed.global_state.client

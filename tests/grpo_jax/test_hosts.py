@@ -1,0 +1,237 @@
+"""Whole runs over several devices and several processes, against one device: the same tokens, metrics and parameters.
+
+In float64, where rounding cannot hide a wrong term. A process stands for a host; they meet over loopback. Each run takes
+seconds of compilation, so the full table is slow:
+
+    python -m pytest -m slow tests/grpo_jax/test_hosts.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from grpo_jax import checkpoint, hosts, metrics
+from models import decoder, hf
+
+ROOT = Path(__file__).resolve().parents[2]
+EXACT = 1e-9
+STEPS = 3
+OPTIONS = {
+    "run.steps": STEPS,
+    "checkpoint.every": 1,
+    "checkpoint.keep": STEPS,
+    "validation.limit": 5,
+    "validation.every": 2,
+    "rollout.prompts_per_step": 5,
+    "rollout.group_size": 3,
+    "rollout.max_prompt_tokens": 400,
+    "rollout.max_response_tokens": 12,
+    "rollout.decode_steps_per_call": 4,
+    "learner.prompts_per_minibatch": 3,
+    "learner.tokens_per_microbatch": 2048,
+    "loss.kl_coefficient": 0.1,
+    "optimizer.learning_rate": 1e-3,
+    "reward.kind": "tests.grpo_jax.length_reward:score",
+    "run.tensorboard": False,
+}
+# The training program with all of its numbers in float64; no option of a user's asks for that.
+PROGRAM = """
+import sys
+import jax
+from grpo_jax import config, hosts, inputs, train
+from grpo_jax import mesh as meshes
+from models import hf
+
+in_float32 = inputs.load_params
+inputs.load_params = lambda *args: jax.tree.map(lambda x: x.astype("float64"), in_float32(*args))
+inputs.compute_dtype = lambda learner: "float64"
+config.run_main(train.main)
+"""
+
+
+pytestmark = pytest.mark.usefixtures("x64")  # or checkpoints could not be read back as they are
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_X64": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # these programs take long to compile and run for moments
+    }
+
+
+def begin(
+    model: str, folder: Path, environment: dict, processes: int = 1, devices: int = 1, **options
+) -> list[subprocess.Popen]:
+    """The processes of one run, each with so many devices."""
+    options = {**OPTIONS, "model.path": model, "run.dir": str(folder), **options}
+    words = [word for name, value in options.items() for word in option(name, value)]
+    flags = {**environment, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    port = free_port()
+    started = []
+    for index in range(processes):
+        where = ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.count", str(processes), "--hosts.index", str(index)]
+        command = [sys.executable, "-W", "ignore", "-c", PROGRAM, "demo", *words, *(where if processes > 1 else ())]
+        started.append(
+            subprocess.Popen(command, env=flags, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    return started
+
+
+def option(name: str, value) -> list[str]:
+    section, _, field = name.partition(".")
+    return [f"--{name}", str(value)] if not isinstance(value, bool) else [f"--{section}.{'' if value else 'no-'}{field}"]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def end(processes: list[subprocess.Popen], code: int = 0) -> list[tuple[str, str]]:
+    """What each has printed; all must have ended with `code`."""
+    said = [one.communicate(timeout=600) for one in processes]
+    assert [one.returncode for one in processes] == [code] * len(processes), said
+    return said
+
+
+def rows(folder: Path) -> list[dict]:
+    """metrics.jsonl without what a clock, the memory or the number of devices decides."""
+    apart = ("time/", "memory/", "rollout/tokens_per_second", "rollout/slot_utilization", "learner/")
+    return [{k: v for k, v in row.items() if not k.startswith(apart)} for row in metrics.read(folder / "metrics.jsonl")]
+
+
+def params_of(folder: Path, step: int) -> list[np.ndarray]:
+    config = hf.load_config(folder / "hf")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float64), decoder.shapes(config))
+    return jax.tree.leaves(checkpoint.read_params(folder, shapes, step))
+
+
+def assert_same_rows(folder: Path, alone: Path) -> None:
+    found, wanted = rows(folder), rows(alone)
+    assert [row["step"] for row in found] == list(range(STEPS + 1))
+    for a, b in zip(found, wanted, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            # The distance of two log-probs of one token is itself rounding.
+            exact = {"rtol": EXACT, "atol": 1e-10 if "mismatch" in name or name == "loss" else 0}
+            np.testing.assert_allclose(a[name], b[name], **exact, err_msg=f"step {a['step']}: {name}")
+    drawn = [[json.loads(line) for line in (one / "rollouts.jsonl").open()] for one in (folder, alone)]
+    for a, b in zip(*drawn, strict=True):
+        advantages = [[r.pop("advantage") for r in row["responses"]] for row in (a, b)]
+        np.testing.assert_allclose(*advantages, rtol=EXACT, atol=1e-12)
+        assert a == b
+
+
+def assert_same(folder: Path, alone: Path) -> None:
+    assert_same_rows(folder, alone)
+    for step in range(1, STEPS + 1):
+        for a, b in zip(params_of(folder, step), params_of(alone, step), strict=True):
+            assert np.abs(a - b).max() <= EXACT * np.abs(b).max()
+    first, last = (params_of(alone, step) for step in (1, STEPS))
+    moved, other = [b - a for a, b in zip(first, last, strict=True)], params_of(folder, STEPS)
+    assert max(np.abs(x).max() for x in moved) > 1e-4
+    for a, b, update in zip(other, last, moved, strict=True):
+        assert np.linalg.norm(a - b) <= 1e-8 * np.linalg.norm(update)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model, environment, tmp_path_factory) -> Path:
+    """The run of one device, which all others must equal."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    end(begin(tiny_model, folder, environment))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "devices, mesh, tensor",
+    [
+        pytest.param(8, (2, 2, 2), 2, id="2,2,2"),
+        pytest.param(8, (8, 1, 1), None, id="8,1,1", marks=pytest.mark.slow),
+        pytest.param(8, (1, 8, 1), None, id="1,8,1", marks=pytest.mark.slow),
+        pytest.param(4, (1, 1, 4), 4, id="1,1,4", marks=pytest.mark.slow),
+        pytest.param(2, (1, 2, 1), None, id="1,2,1", marks=pytest.mark.slow),
+    ],
+)
+def test_a_mesh_takes_the_steps_that_one_device_takes(devices, mesh, tensor, tiny_model, environment, alone, tmp_path):
+    options = {"mesh.data": mesh[0], "mesh.fsdp": mesh[1], "mesh.tensor": mesh[2]}
+    options |= {"rollout.tensor": tensor} if tensor else {}
+    end(begin(tiny_model, tmp_path / "run", environment, devices=devices, **options))
+    assert_same(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_take_the_steps_that_one_takes(processes, tiny_model, environment, alone, tmp_path):
+    """Two devices each; weights and optimizer state are split over all of them."""
+    folder = tmp_path / "run"
+    said = end(begin(tiny_model, folder, environment, processes, devices=2, **{"mesh.fsdp": 2 * processes}))
+    assert_same(folder, alone)
+    assert "step 3/3" in said[0][0]
+    assert all("step" not in out for out, _ in said[1:])  # only the first speaks
+
+
+def wait_for(process: subprocess.Popen, ready, seconds: float = 300) -> None:
+    began = time.monotonic()
+    while not ready():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - began < seconds
+        time.sleep(0.01)
+
+
+def lines(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def test_stopped_on_two_hosts_goes_on_with_one_as_if_nothing_had_been(tiny_model, environment, alone, tmp_path):
+    """SIGTERM reaches one process only; both stop, with the code that says so. Elastic: 2 hosts to 1, fsdp to tensor."""
+    folder = tmp_path / "run"
+    both = begin(tiny_model, folder, environment, 2, devices=2, **{"mesh.fsdp": 4, "checkpoint.every": 100})
+    wait_for(both[0], lambda: lines(folder) == 2)  # step 1 is done
+    began = time.monotonic()
+    both[1].send_signal(signal.SIGTERM)
+    said = end(both, hosts.STOPPED)
+    print(f"{time.monotonic() - began:.1f} s from the signal to the end")
+    assert "another host was asked to stop" in said[0][0] and "stopped after step" in said[0][0]
+    end(begin(tiny_model, folder, environment, devices=2, **{"mesh.tensor": 2}))
+    assert_same_rows(folder, alone)
+    for a, b in zip(params_of(folder, STEPS), params_of(alone, STEPS), strict=True):
+        assert np.abs(a - b).max() <= EXACT * np.abs(b).max()
+
+
+def test_when_a_host_is_killed_the_others_end(tiny_model, environment, tmp_path):
+    folder = tmp_path / "run"
+    both = begin(tiny_model, folder, environment, 2, **{"run.steps": 1000})
+    wait_for(both[0], lambda: lines(folder) >= 2)
+    both[1].kill()
+    began = time.monotonic()
+    assert both[0].wait(timeout=60) != 0
+    print(f"{time.monotonic() - began:.1f} s")
+    for one in both:
+        one.communicate()
+
+
+@pytest.mark.slow
+def test_eight_devices_then_four_then_two(tiny_model, environment, alone, tmp_path):
+    folder = tmp_path / "run"
+    for devices, steps, sizes in ((8, 1, (1, 8, 1)), (4, 2, (2, 1, 2)), (2, 3, (1, 2, 1))):
+        options = {f"mesh.{axis}": size for axis, size in zip(("data", "fsdp", "tensor"), sizes, strict=True)}
+        end(begin(tiny_model, folder, environment, devices=devices, **options, **{"run.steps": steps}))
+    assert_same(folder, alone)
