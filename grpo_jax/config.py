@@ -12,12 +12,14 @@ import dataclasses
 import difflib
 import io
 import math
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import tyro
 
@@ -312,9 +314,13 @@ def demo() -> TrainConfig:
     )
 
 
-def tool_n1(model: str) -> Callable[[], TrainConfig]:
+def tool_n1(model: str, max_response_tokens: int = 8192) -> Callable[[], TrainConfig]:
     """The paper's run on a model of the hub; the data is yours to name, with --data.path."""
-    return lambda: TrainConfig(run=Run(dir=f"runs/tool-n1-{model.split('/')[-1].lower()}"), model=Model(path=model))
+    return lambda: TrainConfig(
+        run=Run(dir=f"runs/tool-n1-{model.split('/')[-1].lower()}"),
+        model=Model(path=model),
+        rollout=Rollout(max_response_tokens=max_response_tokens),
+    )
 
 
 def demo_sft() -> SftConfig:
@@ -335,6 +341,8 @@ PRESETS: dict[type, dict[str, Callable[[], Any]]] = {
         "demo": demo,
         **{f"tool-n1-{size}": tool_n1(f"Qwen/Qwen2.5-{size.upper()}-Instruct") for size in ("0.5b", "1.5b", "3b", "7b", "14b")},
         "tool-n1-llama-8b": tool_n1("meta-llama/Llama-3.1-8B-Instruct"),
+        # It is made for 8192 positions; prompts may take half of them.
+        "tool-n1-llama3-8b": tool_n1("meta-llama/Meta-Llama-3-8B-Instruct", max_response_tokens=4096),
     },
     SftConfig: {"demo": demo_sft, "reason": SftConfig},
 }
@@ -406,19 +414,31 @@ def run_main(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(f"error: {_OUT_OF_MEMORY} ({' '.join(str(error).split())[:200]})", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (ValueError, OSError) as error:
-        if not isinstance(error, OSError) and not _is_ours(error):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        _leave("interrupted", 130)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text:
+            _leave(f"error: {_OUT_OF_MEMORY} ({text[:200]})", 2)
+        elif isinstance(error, OSError) or (isinstance(error, ValueError) and _is_ours(error)):
+            _leave(f"error: {text}", 2)
+        elif _among_hosts():
+            _leave(traceback.format_exc(), 1)
+        raise
+
+
+def _leave(text: str, code: int) -> NoReturn:
+    """Ends the process with a text on stderr."""
+    print(text, file=sys.stderr, flush=True)
+    if _among_hosts():
+        os._exit(code)  # an orderly end would wait for the other hosts, and these for this one
+    raise SystemExit(code) from None
+
+
+def _among_hosts() -> bool:
+    import jax  # not above: this module is read before a program says which devices it wants
+
+    return jax.distributed.is_initialized()
 
 
 def _is_ours(error: BaseException) -> bool:

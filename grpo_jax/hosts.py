@@ -152,7 +152,9 @@ def together(f: Callable[[], Result]) -> Result:
     told = [text for text, _ in gather(None if problem is None else str(problem) or type(problem).__name__)]
     if all(text is None for text in told):
         return result
-    if not is_main():
+    first = is_main()
+    jax.distributed.shutdown()  # in order, while all are here
+    if not first:
         sys.exit(2)
     if problem is not None:
         raise problem

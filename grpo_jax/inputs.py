@@ -179,7 +179,8 @@ def devices(device_mesh: Mesh, learner: config.Learner, model: DecoderConfig) ->
     """What a run computes on, for its header."""
     sizes = " x ".join(f"{axis} {size}" for axis, size in device_mesh.shape.items())
     how = f"{compute_dtype(learner)}, attention by {attention_kernel(learner, model)}"
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {sizes}, {how}"
+    on = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}{on}, mesh {sizes}, {how}"
 
 
 def compute_dtype(learner: config.Learner) -> str:

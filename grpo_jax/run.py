@@ -79,11 +79,7 @@ def open_run(
     """
     folder = Path(config.run.dir)
     changed = checkpoint.compare(config, program)
-    if tensor is None:
-        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        tensor = meshes.rollout_tensor(policy.model, objective.dtype, jax.local_device_count(), limit)
-    local = meshes.local(tensor)
-    meshes.shardings(local, policy.model, "rollout")  # refuses what it does not divide
+    local = hosts.together(lambda: _sampler_mesh(policy, objective, tensor))
     params = hosts.together(lambda: inputs.load_params(policy, mesh))
     optimizer, schedule = learner.make_optimizer(config.optimizer, optimizer_steps)
     kernel = inputs.attention_kernel(config.learner, policy.model)
@@ -95,7 +91,7 @@ def open_run(
             "device": jax.devices()[0].device_kind,
             "mesh": dict(mesh.shape),
             "hosts": jax.process_count(),
-            "rollout_tensor": tensor,
+            "rollout_tensor": local.shape["tensor"],
             "dtype": objective.dtype,
             "attention": kernel,
         },
@@ -135,6 +131,15 @@ def open_run(
     )  # fmt: skip
 
 
+def _sampler_mesh(policy: Policy, objective: Objective, tensor: int | None) -> Mesh:
+    if tensor is None:
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        tensor = meshes.rollout_tensor(policy.model, objective.dtype, jax.local_device_count(), limit)
+    local = meshes.local(tensor)
+    meshes.shardings(local, policy.model, "rollout")  # refuses what it does not divide
+    return local
+
+
 def _seen(folder: Path, seconds: int = 60) -> None:
     """Waits for the run's folder, as long as a network file system may take to show it."""
     began = time.monotonic()
@@ -159,6 +164,9 @@ def guarded(run: Run) -> Iterator[None]:
         if run.step and (run.step != run.checkpoints.latest):
             save(run)
         run.checkpoints.close()
+        if run.log:
+            run.log.close()
+            run.lock.close()
         console.note(f"stopped after step {run.step}; the same command goes on from there")
         raise SystemExit(hosts.STOPPED) from None
     except BaseException:

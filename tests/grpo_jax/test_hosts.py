@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,7 +33,7 @@ OPTIONS = {
     "checkpoint.every": 1,
     "checkpoint.keep": STEPS,
     "validation.limit": 5,
-    "validation.every": 2,
+    "validation.every": 1,
     "rollout.prompts_per_step": 5,
     "rollout.group_size": 3,
     "rollout.max_prompt_tokens": 400,
@@ -77,17 +78,24 @@ def environment(tmp_path_factory) -> dict:
 
 
 def begin(
-    model: str, folder: Path, environment: dict, processes: int = 1, devices: int = 1, **options
+    model: str,
+    folder: Path,
+    environment: dict,
+    processes: int = 1,
+    devices: int = 1,
+    networks: list[tuple[str, str]] | None = None,
+    **options,
 ) -> list[subprocess.Popen]:
-    """The processes of one run, each with so many devices."""
+    """The processes of one run, each with so many devices; in network namespaces (name, address) of their own, if given."""
     options = {**OPTIONS, "model.path": model, "run.dir": str(folder), **options}
     words = [word for name, value in options.items() for word in option(name, value)]
     flags = {**environment, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    port = free_port()
+    coordinator = f"{networks[0][1] if networks else '127.0.0.1'}:{free_port()}"
     started = []
     for index in range(processes):
-        where = ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.count", str(processes), "--hosts.index", str(index)]
+        where = ["--hosts.coordinator", coordinator, "--hosts.count", str(processes), "--hosts.index", str(index)]
         command = [sys.executable, "-W", "ignore", "-c", PROGRAM, "demo", *words, *(where if processes > 1 else ())]
+        command = (["ip", "netns", "exec", networks[index][0]] if networks else []) + command
         started.append(
             subprocess.Popen(command, env=flags, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
@@ -235,3 +243,38 @@ def test_eight_devices_then_four_then_two(tiny_model, environment, alone, tmp_pa
         options = {f"mesh.{axis}": size for axis, size in zip(("data", "fsdp", "tensor"), sizes, strict=True)}
         end(begin(tiny_model, folder, environment, devices=devices, **options, **{"run.steps": steps}))
     assert_same(folder, alone)
+
+
+@pytest.fixture
+def networks():
+    """Two network namespaces with an address each and a wire between them: two hosts, as far as sockets can tell."""
+    names, addresses = ("grpo-a", "grpo-b"), ("10.117.0.1", "10.117.0.2")
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    hosts_files = [Path("/etc/netns") / name / "hosts" for name in names]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "wire", "netns", names[0], "type", "veth", "peer", "name", "wire", "netns", names[1])
+        for name, address, file in zip(names, addresses, hosts_files, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "wire")
+            ip("-n", name, "link", "set", "wire", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+            file.parent.mkdir(parents=True)
+            file.write_text(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")  # how Gloo finds its own address
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', b'') or error}")
+    else:
+        yield list(zip(names, addresses, strict=True))
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+            shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_two_hosts_with_addresses_of_their_own(networks, tiny_model, environment, alone, tmp_path):
+    end(begin(tiny_model, tmp_path / "run", environment, 2, 2, networks, **{"mesh.fsdp": 4}))
+    assert_same(tmp_path / "run", alone)

@@ -13,7 +13,7 @@ import pytest
 from data import demo, prompt
 from grpo_jax import config, inputs
 from grpo_jax.config import Data, SftConfig, TrainConfig
-from models import hf
+from models import decoder, hf
 
 TOOL = {"name": "weather", "description": "", "parameters": {"city": {"type": "string"}}}
 
@@ -121,11 +121,17 @@ def test_a_tokenizer_that_is_larger_than_the_vocabulary_is_refused(tiny_model, t
         inputs.load_policy(str(tmp_path / "model"))
 
 
-def test_more_tokens_than_the_model_was_made_for_are_warned_of(policy, capsys):
-    inputs.warn_of_context(policy, policy.model.max_positions, "they")
-    assert capsys.readouterr().out == ""
-    inputs.warn_of_context(policy, policy.model.max_positions + 1, "they")
-    assert "warning: they take 1,025 tokens" in capsys.readouterr().out
+def test_more_tokens_than_the_model_was_made_for_are_refused(policy):
+    inputs.check_context(policy, policy.model.max_positions, "--these")
+    with pytest.raises(ValueError, match="--these allow 1,025 tokens; .* is made for 1,024; lower them"):
+        inputs.check_context(policy, policy.model.max_positions + 1, "--these")
+
+
+@pytest.mark.parametrize("preset", [name for name in config.PRESETS[config.TrainConfig] if name != "demo"])
+def test_the_lengths_of_a_preset_fit_its_model(preset):
+    cfg = config.PRESETS[config.TrainConfig][preset]()
+    model = decoder.SIZES[cfg.model.path.split("/")[1].lower().removeprefix("meta-").removesuffix("-instruct")]
+    assert cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens <= model.max_positions
 
 
 def test_every_number_of_the_presets_is_in_its_range_and_none_may_be_below():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from data.example import make
-from grpo_jax import config, inputs, mesh, metrics, reward, rollout, train
+from grpo_jax import config, hosts, inputs, mesh, metrics, reward, rollout, train
 from grpo_jax import run as run_module
 from grpo_jax.config import TrainConfig
 from grpo_jax.group import Group
@@ -396,6 +396,37 @@ def test_an_interrupted_run_waits_for_its_last_save(tiny_model, tmp_path, monkey
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["1", "2"]
 
 
+@pytest.mark.parametrize("call, saved", [(1, 0), (3, 1), (5, 3), (6, 3)], ids=["begin", "rollout", "validation", "after it"])
+def test_stopped_in_sampling_it_goes_on_as_if_it_had_not_been(call, saved, tiny_model, unbroken, tmp_path, monkeypatch):
+    """Calls of the sampler: validation, steps 1, 2, 3, validation of step 3, steps 4, ..."""
+    calls, respond = iter(range(1, 100)), train.respond
+
+    def stopped(*arguments):
+        if next(calls) == call:
+            raise hosts.Stopped
+        return respond(*arguments)
+
+    monkeypatch.setattr(train, "respond", stopped)
+    options = {**SMALL, "model.path": tiny_model, "run.dir": str(tmp_path / "run")}
+    cfg = config.parse(TrainConfig, "grpo_jax.train", words(options))
+    with pytest.raises(SystemExit) as stop:
+        train.train(cfg)
+    assert stop.value.code == hosts.STOPPED == 75
+    found = [int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")]
+    assert max(found, default=0) == saved
+    train.train(cfg)
+    assert_same(tmp_path / "run", unbroken)
+
+
+def test_a_signal_asks_and_a_second_one_is_not_taken():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    stop = hosts.Stop()
+    assert not stop.asked()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.asked()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
 def test_another_dtype_by_another_device_is_noted(tiny_model, tmp_path, monkeypatch, capsys):
     cfg = small(tiny_model, tmp_path / "run", **{"run.steps": 1})
     train.train(cfg)
@@ -423,7 +454,7 @@ def test_the_pool_is_sized_once_a_run(monkeypatch):
     """From the memory that is free at first; a run that resumes keeps what its checkpoint says."""
     policy = SimpleNamespace(model=decoder.SIZES["qwen2.5-0.5b"], end_tokens=(1,))
     run = SimpleNamespace(
-        policy=policy, objective=Objective(dtype="bfloat16"), mesh=mesh.make(config.Mesh()), meta={}, state={"params": {}}
+        policy=policy, objective=Objective(dtype="bfloat16"), local=mesh.local(1), meta={}, state={"params": {}}
     )
     run.meta["resolved"] = {"device": "some"}
     for free in (20 * 10**9, 10**9):
@@ -431,7 +462,7 @@ def test_the_pool_is_sized_once_a_run(monkeypatch):
         sampling = train.sampling_of(config.Rollout(), run)
         assert sampling.cache_bytes == 8 * 10**9
         assert (
-            sampling.rows == rollout.pool_size(policy.model, "bfloat16", sampling, 4096, 20 * 10**9, mesh.shards(run.mesh))[0]
+            sampling.rows == rollout.pool_size(policy.model, "bfloat16", sampling, 4096, 20 * 10**9, mesh.shards(run.local))[0]
         )
         assert run.meta["resolved"] == {"device": "some", "rows": sampling.rows, "cache_bytes": sampling.cache_bytes}
     assert train.sampling_of(config.Rollout(rows=7), run).rows == 7
