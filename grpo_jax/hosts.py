@@ -53,7 +53,10 @@ def start(settings: config.Hosts) -> None:
     tasks = _tasks(os.environ)
     if settings.launcher == "none" or (settings.launcher == "auto" and not given and tasks is None and not _tpu_pod()):
         return
-    if given and given != set(flags) and not (tasks and given == {"coordinator"}):
+    count, index = settings.count, settings.index
+    if given == {"coordinator"} and tasks and "OMPI_COMM_WORLD_RANK" in os.environ:  # Open MPI 5 says the rest
+        count, index = tasks[0], int(os.environ["OMPI_COMM_WORLD_RANK"])
+    elif given and given != set(flags):
         missing = ", ".join(f"--hosts.{name}" for name in flags if name not in given)
         raise ValueError(f"{missing} missing: several hosts need --hosts.coordinator, --hosts.count and --hosts.index")
     # JAX's own service for preemptions would take SIGTERM away from `Stop`.
@@ -62,7 +65,7 @@ def start(settings: config.Hosts) -> None:
     alone = tasks is None or tasks[1] == 1
     try:
         jax.distributed.initialize(
-            settings.coordinator, settings.count, settings.index, [] if alone else None,
+            settings.coordinator, count, index, [] if alone else None,
             heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:

@@ -22,7 +22,8 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax import checkpoint, hosts, metrics
+from grpo_jax import checkpoint, config, hosts, metrics
+from grpo_jax.group import Group, flat, ragged
 from models import decoder, hf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +55,7 @@ from grpo_jax import config, hosts, inputs, train
 from grpo_jax import mesh as meshes
 from models import hf
 
+hosts._CHUNK, meshes._PIECE = 2000, 6000  # so that batches come in pieces, and weights layer by layer
 in_float32 = inputs.load_params
 inputs.load_params = lambda *args: jax.tree.map(lambda x: x.astype("float64"), in_float32(*args))
 inputs.compute_dtype = lambda learner: "float64"
@@ -75,6 +77,91 @@ def environment(tmp_path_factory) -> dict:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # these programs take long to compile and run for moments
     }
+
+
+def drawn(prompts: int, responses: int) -> list[Group]:
+    rng = np.random.default_rng(0)
+    groups = []
+    for p in range(1, prompts + 1):
+        lengths = rng.integers(1, 6, responses)
+        ids, logp = ([rng.integers(0, 9, n).astype(np.int32) for n in lengths], [rng.normal(size=n) for n in lengths])
+        groups.append(Group(np.arange(p), tuple(ids), tuple(logp), tuple(bool(n % 2) for n in lengths)))
+    return groups
+
+
+@pytest.mark.parametrize("prompts, responses", [(3, 2), (1, 1), (0, 0)])
+def test_groups_come_back_from_their_flat_form(prompts, responses):
+    groups = drawn(prompts, responses)
+    found = ragged([g.prompt for g in groups], flat(groups))
+    assert [g.truncated for g in found] == [g.truncated for g in groups]
+    for a, b in zip(found, groups, strict=True):
+        for x, y in zip((a.prompt, *a.responses, *a.sampler_logp), (b.prompt, *b.responses, *b.sampler_logp), strict=True):
+            assert x.dtype == y.dtype and x.tolist() == y.tolist()
+
+
+def test_shares_make_the_whole(monkeypatch):
+    for count, items in ((1, 4), (3, 7), (4, 2), (2, 0)):
+        monkeypatch.setattr(jax, "process_count", lambda count=count: count)
+        shares = []
+        for index in range(count):
+            monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+            shares.append(hosts.share(range(items)))
+        assert hosts.whole(shares) == list(range(items))
+
+
+SLURM = {
+    "SLURM_STEP_NODELIST": "n[0-3]",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_NODES": "4",
+}
+MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    "environment, settings, joined",
+    [
+        ({}, {}, None),
+        (SLURM, {}, (None, None, None, [])),  # all devices of the host, not the one that JAX would take by itself
+        (SLURM | {"SLURM_STEP_NUM_NODES": "2"}, {}, (None, None, None, None)),  # two tasks a node: a device each
+        (SLURM, {"launcher": "none"}, None),
+        (SLURM | {"SLURM_NTASKS": "1"}, {}, None),
+        ({k: v for k, v in SLURM.items() if "STEP" not in k}, {}, None),  # inside sbatch, outside srun
+        (MPI, {}, (None, None, None, None)),
+        (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, {"coordinator": "a:1"}, ("a:1", 4, 1, [])),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}, (None, None, None, [])),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, {}, None),
+        ({}, {"launcher": "tpu"}, (None, None, None, [])),
+        ({}, {"coordinator": "a:1", "count": 2, "index": 0}, ("a:1", 2, 0, [])),
+    ],
+)
+def test_who_is_joined(environment, settings, joined, monkeypatch):
+    for name in [*SLURM, *MPI, "TPU_WORKER_HOSTNAMES", "JAX_PLATFORMS"]:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **_: calls.append(args))
+    hosts.start(config.Hosts(**settings))
+    assert calls == ([] if joined is None else [joined])
+
+
+@pytest.mark.parametrize("given", [{"count": 2}, {"coordinator": "a:1"}, {"coordinator": "a:1", "index": 0}])
+def test_half_of_the_flags_is_refused(given):
+    with pytest.raises(ValueError, match=r"^--hosts\..* missing: several hosts need"):
+        hosts.start(config.Hosts(**given))
+
+
+def test_hosts_that_do_not_come_are_said_in_one_line(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("DEADLINE_EXCEEDED:\nnobody there")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fails)
+    with pytest.raises(ValueError) as error:
+        hosts.start(config.Hosts(coordinator="a:1", count=2, index=1))
+    assert str(error.value) == "the hosts did not find each other at a:1 (DEADLINE_EXCEEDED: nobody there); see docs/scale.md"
 
 
 def begin(
@@ -127,8 +214,8 @@ def rows(folder: Path) -> list[dict]:
 
 
 def params_of(folder: Path, step: int) -> list[np.ndarray]:
-    config = hf.load_config(folder / "hf")
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float64), decoder.shapes(config))
+    model = hf.load_config(folder / "hf")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float64), decoder.shapes(model))
     return jax.tree.leaves(checkpoint.read_params(folder, shapes, step))
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -90,6 +91,44 @@ def test_a_device_holds_its_share_of_the_published_models(name, fsdp, tensor):
     share = sum(jax.tree.leaves(parts)) / sum(x.size for x in jax.tree.leaves(shapes)) * fsdp * tensor
     print(name, share)
     assert 1 <= share < (1.05 if model.kv_heads % tensor else 1.001)  # on 4 tensor devices, the 2 key heads of 0.5B to 3B
+
+
+@pytest.mark.parametrize("piece", [1, 2 * 24 * 40 * 4, 10**9], ids=["layer by layer", "pairs of 3 layers", "whole"])
+def test_a_host_gets_the_weights_in_the_dtype_it_wants(piece, monkeypatch):
+    monkeypatch.setattr(mesh, "_PIECE", piece)
+    model = DecoderConfig("qwen2", 32, 24, 40, 3, 6, 3, 4, tied=False)
+    params = jax.jit(decoder.init, static_argnums=0, out_shardings=mesh.shardings(mesh.make(config.Mesh()), model))(
+        model, jax.random.key(0)
+    )
+    for dtype in ("float32", "bfloat16"):
+        found = mesh.host_copy(params, model, dtype, 1)
+        chex.assert_trees_all_equal(found, jax.tree.map(lambda x: x.astype(dtype), params))  # noqa: B023
+        chex.assert_trees_all_equal(
+            jax.tree.map(lambda x: x.sharding.is_fully_replicated, found), jax.tree.map(lambda _: True, params)
+        )
+
+
+@pytest.mark.parametrize(
+    "name, devices, gigabytes, tensor",
+    [
+        ("qwen2.5-7b", 8, None, 1),  # memory not told, as on a CPU
+        ("qwen2.5-7b", 8, 80, 1),  # twice 15 GB
+        ("qwen2.5-14b", 8, 80, 2),  # twice 30 GB
+        ("qwen2.5-7b", 4, 16, 4),
+        ("qwen2.5-7b", 8, 16, 4),  # 8 would not divide 28 heads
+        ("qwen2.5-0.5b", 8, 1, 2),
+    ],
+)
+def test_sampling_splits_weights_as_little_as_they_must_be(name, devices, gigabytes, tensor):
+    memory = None if gigabytes is None else gigabytes * 10**9
+    assert mesh.rollout_tensor(decoder.SIZES[name], "bfloat16", devices, memory) == tensor
+
+
+def test_a_host_that_cannot_be_cut_is_told():
+    with pytest.raises(
+        ValueError, match=f"--rollout.tensor 7 does not divide the {jax.local_device_count()} devices"
+    ):
+        mesh.local(7)
 
 
 def test_rows_are_split_over_data_and_fsdp():
