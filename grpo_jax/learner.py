@@ -77,9 +77,10 @@ def _response_states(model: DecoderConfig, objective: Objective, params: Params,
     kernel = mesh.by_rows(attention.packed, objective.mesh, (model.heads, model.kv_heads))
     attend = lambda q, k, v, _: (kernel(q, k, v, pack.layout), None)  # noqa: E731
     rotations = decoder.rotation(model, pack.positions)
+    # Gathered once, or XLA would bring the tokens of all rows together to look them up, and the head each chunk's share.
+    params = {**params, **{name: mesh.gathered(params[name], objective.mesh) for name in ("embed", "head") if name in params}}
     x, _ = decoder.hidden(model, params, pack.tokens, rotations, attend, remat=objective.remat)
-    # The matrix is gathered once, or every chunk of the head would gather it.
-    return jnp.take_along_axis(x, pack.source[..., None], axis=1), mesh.gathered(decoder.head(params), objective.mesh)
+    return jnp.take_along_axis(x, pack.source[..., None], axis=1), decoder.head(params)
 
 
 def _chunk(objective: Objective, pack: Pack) -> int:

@@ -152,7 +152,7 @@ def by_rows(f: Callable, mesh: Mesh | None, heads: tuple[int, int]) -> Callable:
 
 
 def gathered(weights: Array, mesh: Mesh | None) -> Array:
-    """The output matrix [V, D], gathered over `fsdp`."""
+    """The embedding or the output matrix [V, D], gathered over `fsdp`."""
     if mesh is None or mesh.size == 1:
         return weights
     vocab = "tensor" if weights.shape[0] % mesh.shape["tensor"] == 0 else None

@@ -204,6 +204,9 @@ def end(processes: list[subprocess.Popen], code: int = 0) -> list[tuple[str, str
     """What each has printed; all must have ended with `code`."""
     said = [one.communicate(timeout=600) for one in processes]
     assert [one.returncode for one in processes] == [code] * len(processes), said
+    assert "Involuntary full rematerialization" not in "".join(
+        err for _, err in said
+    )  # XLA's word for a copy of all, everywhere
     return said
 
 

@@ -125,9 +125,7 @@ def test_sampling_splits_weights_as_little_as_they_must_be(name, devices, gigaby
 
 
 def test_a_host_that_cannot_be_cut_is_told():
-    with pytest.raises(
-        ValueError, match=f"--rollout.tensor 7 does not divide the {jax.local_device_count()} devices"
-    ):
+    with pytest.raises(ValueError, match=f"--rollout.tensor 7 does not divide the {jax.local_device_count()} devices"):
         mesh.local(7)
 
 
@@ -223,7 +221,7 @@ def test_four_devices_take_the_step_that_one_takes():
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=900
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0 and "Involuntary" not in done.stderr, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     print(report)
     assert report["moved"] > 1e-4 and report["scalars"]["clipped"] > 0
