@@ -4,7 +4,8 @@
     accumulate   one micro-batch added to the running `Sums` of gradient, loss and statistics; one dispatch
     apply        the optimizer step, from sums divided by the mini-batch's token count; one dispatch
 
-Master parameters stay in their own dtype (float32); the forward pass runs in `Objective.dtype`. The mean runs over all
+Master parameters stay in their own dtype (float32); the forward pass runs in `Objective.dtype`. With low-rank adapters
+(`Objective.lora`), `params` are these, and the model beside which they stand is handed over as `frozen`. The mean runs over all
 response tokens of the mini-batch, so that its cutting into micro-batches changes nothing (a departure from the released
 Tool-N1 code, see grpo_jax.loss).
 """
@@ -25,7 +26,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grpo_jax import config, loss, mesh
 from grpo_jax.packing import Pack
 from models import attention, decoder
+from models import lora as adapters
 from models.decoder import DecoderConfig, Params
+from models.lora import Lora
 from models.logprobs import token_logprobs, token_losses
 
 
@@ -44,6 +47,7 @@ class Objective:
     remat: str = "attention"  # what of a layer is kept for the backward pass, see models.decoder.hidden
     head_chunk: int = 1024  # tokens whose logits a device holds at a time
     mesh: Mesh | None = None  # of the parameters and packs, where there are several devices
+    lora: Lora | None = None  # of the adapters that are learned; None: the whole model is
 
 
 @jax.tree_util.register_dataclass
@@ -72,6 +76,11 @@ def cast(params: Params, dtype: str) -> Params:
     return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
+def _whole(objective: Objective, params: Params, frozen: Params | None) -> Params:
+    """The model in the dtype of the computation; where there is a frozen one, with `params` as its adapters."""
+    return cast(params if frozen is None else adapters.join(frozen, params, objective.lora), objective.dtype)
+
+
 def _response_states(model: DecoderConfig, objective: Objective, params: Params, pack: Pack) -> tuple[Array, Array]:
     """(the hidden states [B, M, D] that predict the response tokens, the output matrix [V, D])."""
     kernel = mesh.by_rows(attention.packed, objective.mesh, (model.heads, model.kv_heads))
@@ -89,9 +98,9 @@ def _chunk(objective: Objective, pack: Pack) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def logprobs(model: DecoderConfig, objective: Objective, params: Params, pack: Pack) -> Array:
+def logprobs(model: DecoderConfig, objective: Objective, params: Params, pack: Pack, frozen: Params | None = None) -> Array:
     """Log-probs [B, M] of the response tokens of a pack; the value at masked places has no meaning."""
-    x, weights = _response_states(model, objective, cast(params, objective.dtype), pack)
+    x, weights = _response_states(model, objective, _whole(objective, params, frozen), pack)
     head = functools.partial(token_logprobs, temperature=objective.temperature, chunk=_chunk(objective, pack))
     return jax.vmap(lambda x, target: head(weights, x, target)[0])(x, pack.target)
 
@@ -115,8 +124,10 @@ def _per_token(objective: Objective, logp: Array, entropy: Array, pack: Pack) ->
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def accumulate(model: DecoderConfig, objective: Objective, params: Params, sums: Sums, pack: Pack) -> Sums:
-    """The sums with one micro-batch added; `sums` is donated."""
+def accumulate(
+    model: DecoderConfig, objective: Objective, params: Params, sums: Sums, pack: Pack, frozen: Params | None = None
+) -> Sums:
+    """The sums with one micro-batch added; `sums` is donated. Of `frozen` no gradient is computed."""
     of_tokens = replace(pack, tokens=None, positions=None, layout=None, source=None, target=None)  # arrays [B, M]
     head = functools.partial(
         token_losses, functools.partial(_per_token, objective),
@@ -124,7 +135,7 @@ def accumulate(model: DecoderConfig, objective: Objective, params: Params, sums:
     )  # fmt: skip
 
     def total(params):
-        x, weights = _response_states(model, objective, cast(params, objective.dtype), pack)
+        x, weights = _response_states(model, objective, _whole(objective, params, frozen), pack)
         losses, notes = jax.vmap(lambda *of_row: head(weights, *of_row))(x, pack.target, of_tokens)
         return losses.sum(), notes
 
@@ -160,11 +171,12 @@ def update(
     params: Params,
     state: optax.OptState,
     packs: Sequence[Pack],
+    frozen: Params | None = None,
 ) -> tuple[Params, optax.OptState, dict[str, Array]]:
     """One optimizer step from the micro-batches of a mini-batch; parameters and state are donated."""
     sums = zeros(params)
     for pack in packs:
-        sums = accumulate(model, objective, params, sums, pack)
+        sums = accumulate(model, objective, params, sums, pack, frozen)
     return apply(optimizer, params, state, sums)
 
 

@@ -15,10 +15,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax import config
 from models import decoder
+from models import lora as adapters
 from models.decoder import DecoderConfig
+from models.lora import Lora
 
 ROW_AXES = ("data", "fsdp")
-# Logical axes that are not here (layers, head_dim) are never split.
+# Logical axes that are not here (layers, head_dim, rank) are never split.
 _RULES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ff": "tensor"}
 
 
@@ -35,8 +37,8 @@ def make(sizes: config.Mesh) -> Mesh:
     return jax.make_mesh((data, sizes.fsdp, sizes.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
-def shardings(mesh: Mesh, model: DecoderConfig) -> Any:
-    """A NamedSharding for every parameter.
+def shardings(mesh: Mesh, model: DecoderConfig, lora: Lora | None = None) -> Any:
+    """A NamedSharding for every parameter of the model; or, where `lora` is given, of the adapters beside it.
 
     Key/value heads that `tensor` does not divide are left whole on each of its devices. Raises ValueError where the mesh
     does not divide another dimension that it splits.
@@ -57,8 +59,8 @@ def shardings(mesh: Mesh, model: DecoderConfig) -> Any:
                 f"--mesh.{option} {mesh.shape[option]} does not divide what it splits of this model ({named}); "
                 f"up to {mesh.size} devices, {', '.join(fit)} would"
             )
-    lies = lambda names, _: NamedSharding(mesh, PartitionSpec(*map(rules.get, names)))  # noqa: E731
-    return jax.tree.map(lies, axes, shapes, is_leaf=is_axes)
+    lies = lambda names: NamedSharding(mesh, PartitionSpec(*map(rules.get, names)))  # noqa: E731
+    return jax.tree.map(lies, axes if lora is None else adapters.logical_axes(model, lora), is_leaf=is_axes)
 
 
 def rows(mesh: Mesh) -> NamedSharding:

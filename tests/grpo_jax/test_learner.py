@@ -22,8 +22,9 @@ from grpo_jax import config, learner, loss
 from grpo_jax.group import Group
 from grpo_jax.learner import Objective, Sums
 from grpo_jax.packing import pack
-from models import decoder
+from models import decoder, lora
 from models.decoder import DecoderConfig
+from models.lora import Lora
 
 EXACT = 1e-9
 ODD = DecoderConfig("qwen2", 31, 18, 20, 2, 9, 3, 2, tied=True)  # 3 query heads to each of 3 key heads
@@ -143,11 +144,11 @@ def copied(model, o, params, batch):
 # Ours, and the distance between the two
 
 
-def accumulated(model, objective, params, packs):
+def accumulated(model, objective, params, packs, frozen=None):
     """(gradient of the mean loss, {name: sum}) of packs."""
     sums = learner.zeros(params)
     for one in packs:
-        sums = learner.accumulate(model, objective, params, sums, one)
+        sums = learner.accumulate(model, objective, params, sums, one, frozen)
     scalars = {f.name: getattr(sums, f.name) for f in fields(sums) if f.name != "gradient"}
     return jax.tree.map(lambda g: g / sums.count, sums.gradient), scalars
 
@@ -256,10 +257,10 @@ def optimizer():
     return learner.make_optimizer(config.Optimizer(learning_rate=1e-3), 10)[0]
 
 
-def updated(packs, objective=ALL):
+def updated(packs, objective=ALL, params=None, frozen=None):
     copy = functools.partial(jax.tree.map, jnp.copy)  # update takes what it is given
-    params = copy(params_of(ODD))
-    return learner.update(ODD, objective, optimizer(), params, optimizer().init(params), packs)
+    params = copy(params_of(ODD) if params is None else params)
+    return learner.update(ODD, objective, optimizer(), params, optimizer().init(params), packs, frozen)
 
 
 @pytest.mark.parametrize(
@@ -296,6 +297,67 @@ def test_recomputation_and_chunks_of_the_head_change_nothing(x64):
     want, want_sums = accumulated(ODD, ALL, params_of(ODD), packs)
     found, sums = accumulated(ODD, replace(ALL, remat="full", head_chunk=1), params_of(ODD), packs)
     assert distance([found, sums], [want, want_sums]) < EXACT
+
+
+# Low-rank adapters
+
+LORA = Lora(rank=3, alpha=5.0)
+SOME = Lora(rank=2, alpha=3.0, targets=("q_proj", "o_proj", "down_proj"))
+LLAMA = replace(UNTIED, architecture="llama")
+
+
+def adapters_of(model, settings, b=0.3):
+    """Adapters with both factors random."""
+    rng = np.random.default_rng(2)
+    made = lora.init(model, settings, jax.random.key(0))
+    return jax.tree.map(lambda x: jnp.asarray(b * rng.normal(size=x.shape), "float64"), made)
+
+
+@pytest.mark.parametrize(
+    "model, settings, remat",
+    [(ODD, LORA, "none"), (ODD, SOME, "elementwise"), (LLAMA, LORA, "attention"), (LLAMA, SOME, "full")],
+    ids=["qwen2 tied", "three targets", "llama untied", "llama, three targets"],
+)
+def test_the_gradient_of_adapters_is_that_of_the_merged_model_projected(x64, model, settings, remat):
+    """With W + s a b: da = s dW b^T and db = s a^T dW."""
+    objective = replace(ALL, lora=settings, remat=remat)
+    packs, base, adapters = packs_of(draw(model, TEN)), params_of(model), adapters_of(model, settings)
+    found, sums = accumulated(model, objective, adapters, packs, base)
+    of_merged, want_sums = accumulated(model, ALL, lora.merge(base, adapters, settings, "float64"), packs)
+    scale, want = settings.alpha / settings.rank, {"layers": {}}
+    for part, matrices in adapters["layers"].items():
+        for name, one in matrices.items():
+            a = one["a"].reshape(model.layers, -1, settings.rank)
+            b = one["b"].reshape(model.layers, settings.rank, -1)
+            dw = of_merged["layers"][part][name].reshape(model.layers, a.shape[1], b.shape[2])
+            da, db = scale * dw @ b.swapaxes(1, 2), scale * a.swapaxes(1, 2) @ dw
+            want["layers"].setdefault(part, {})[name] = {"a": da.reshape(one["a"].shape), "b": db.reshape(one["b"].shape)}
+    assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(want)) > 1e-5
+    far = {"gradient": distance(found, want), "sums": distance(sums, want_sums)}
+    print(far)
+    assert max(far.values()) < EXACT, far
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_new_adapters_change_no_log_prob_by_a_bit(x64, dtype):
+    (one,) = packs_of(draw(ODD, TEN))
+    objective, base = replace(ALL, dtype=dtype, lora=LORA), params_of(ODD)
+    adapters = lora.init(ODD, LORA, jax.random.key(3))
+    on = learner.logprobs(ODD, objective, adapters, one, base)
+    off = learner.logprobs(ODD, objective, base, one)
+    np.testing.assert_array_equal(on, off)
+
+
+def test_cutting_changes_no_update_of_adapters(x64):
+    objective, base, adapters = replace(ALL, lora=LORA), params_of(ODD), adapters_of(ODD, LORA)
+    groups = draw(ODD, TEN)
+    want = updated(packs_of(groups), objective, adapters, base)
+    shuffled = [groups[i] for i in np.random.default_rng(0).permutation(len(groups))]
+    found = updated(packs_of(shuffled, 24), objective, adapters, base)
+    minus = functools.partial(jax.tree.map, jnp.subtract)
+    far = [distance(minus(found[0], adapters), minus(want[0], adapters)), *map(distance, found[1:], want[1:])]
+    assert max(far) < EXACT, far
+    assert jax.tree.map(jnp.shape, optax.tree.get(found[1], "mu")) == jax.tree.map(jnp.shape, adapters)
 
 
 # Dtypes and memory
