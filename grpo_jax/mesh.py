@@ -6,6 +6,7 @@ Three axes: `data` (whole copies of the weights), `fsdp` (weights and optimizer 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -66,6 +67,26 @@ def shardings(mesh: Mesh, model: DecoderConfig, lora: Lora | None = None) -> Any
 def rows(mesh: Mesh) -> NamedSharding:
     """Of the leading axis B of a pack."""
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+def moved(tree: Any, memory: str) -> Any:
+    """The arrays in a memory of the same devices, "device" or "pinned_host", laid out as they are; those there are not copied.
+
+    Of arrays that span hosts, each host moves its own part.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    elsewhere = [i for i, x in enumerate(leaves) if x.sharding.memory_kind != memory]
+    if not elsewhere:
+        return tree
+    there = _mover(tuple(leaves[i].sharding.with_memory_kind(memory) for i in elsewhere))([leaves[i] for i in elsewhere])
+    for i, x in zip(elsewhere, there, strict=True):
+        leaves[i] = x
+    return jax.tree.unflatten(structure, leaves)
+
+
+@functools.cache
+def _mover(shardings: tuple[NamedSharding, ...]) -> Callable:
+    return jax.jit(lambda leaves: leaves, out_shardings=list(shardings))
 
 
 def by_rows(f: Callable, mesh: Mesh | None, heads: tuple[int, int]) -> Callable:

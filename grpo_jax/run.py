@@ -25,7 +25,7 @@ from grpo_jax.group import Group
 from grpo_jax.inputs import Policy, Tasks
 from grpo_jax.learner import Objective
 from grpo_jax.packing import Packed
-from models import hf
+from models import hf, lora
 from models.decoder import Params
 
 # Of |learner's - sampler's log-prob|, the mean over a step's tokens from which on it is an alarm.
@@ -40,8 +40,9 @@ class Run:
     config: Any  # TrainConfig or SftConfig
     policy: Policy
     mesh: Mesh
-    state: dict[str, Any]  # {"params", "optimizer"}
-    reference: Params | None  # the initial weights in the compute dtype, where a KL term wants them
+    state: dict[str, Any]  # {"params", "optimizer"}; with LoRA, of the adapters alone
+    frozen: Params | None  # with LoRA, the model beside them in the compute dtype
+    reference: Params | None  # the initial weights in the compute dtype, where a KL term wants them; with LoRA, `frozen`
     objective: Objective
     kernel: str  # of attention in learning
     optimizer: optax.GradientTransformation
@@ -63,7 +64,8 @@ def open_run(
     """
     folder = Path(config.run.dir)
     changed = checkpoint.compare(config, program)
-    params = inputs.load_params(policy, mesh)
+    # With LoRA as the file has them, so that their fingerprint does not depend on the dtype of the computation.
+    params = inputs.load_params(policy, mesh, None if objective.lora else jnp.float32)
     optimizer, schedule = learner.make_optimizer(config.optimizer, optimizer_steps)
     kernel = inputs.attention_kernel(config.learner, policy.model)
     meta = {
@@ -77,7 +79,13 @@ def open_run(
             "attention": kernel,
         },
     }
-    reference = jax.tree.map(jnp.copy, learner.cast(params, objective.dtype)) if objective.kl_coefficient else None
+    frozen = None
+    if objective.lora:
+        frozen = learner.cast(params, objective.dtype)
+        reference = frozen if objective.kl_coefficient else None
+        params = inputs.first_adapters(policy, mesh, objective.lora, config.run.seed)
+    else:
+        reference = jax.tree.map(jnp.copy, learner.cast(params, objective.dtype)) if objective.kl_coefficient else None
     state = {"params": params, "optimizer": learner.init_state(optimizer, params)}
     checkpoints = checkpoint.Checkpoints(config.run.dir, config.checkpoint.keep)
     restored = checkpoints.restore(state, console.warn)
@@ -92,6 +100,10 @@ def open_run(
         # What was chosen for this kind of device stays chosen: the memory that is free today must not change a shape.
         if meta["resolved"].items() <= restored.meta["resolved"].items():
             meta["resolved"] = restored.meta["resolved"]
+    if config.learner.offload in ("optimizer", "both"):
+        state["optimizer"] = meshes.moved(state["optimizer"], "pinned_host")
+    if config.learner.offload in ("reference", "both") and reference is not None:
+        reference = meshes.moved(reference, "pinned_host")
     lock = checkpoint.claim(config, program)
     step = restored.step if restored else 0
     if restored is not None:
@@ -104,8 +116,17 @@ def open_run(
         console.warn(f"{folder}: no checkpoint to resume from; the run begins anew, over its old metrics and rollouts")
     log = metrics.Log.open(folder, step, config.run.tensorboard)
     return Run(
-        config, policy, mesh, state, reference, objective, kernel, optimizer, schedule, step, meta, log, checkpoints, lock
+        config, policy, mesh, state, frozen, reference, objective, kernel, optimizer, schedule, step, meta, log, checkpoints,
+        lock,
     )  # fmt: skip
+
+
+def weights(run: Run, dtype: str | None = None) -> Params:
+    """The policy's weights as a plain model's: in the compute dtype, to sample from, or in another, to export."""
+    dtype = dtype or run.objective.dtype
+    if run.frozen is None:
+        return learner.cast(run.state["params"], dtype)
+    return lora.merge(run.frozen, run.state["params"], run.objective.lora, dtype)
 
 
 def pack(run: Run, groups: Sequence[Group]) -> Packed:
@@ -148,11 +169,16 @@ def watch(run: Run, row: Mapping[str, Any]) -> None:
 
 
 def finish(run: Run) -> None:
-    """Writes the Hugging Face folder, draws the curves, and says what came of it."""
+    """Writes the Hugging Face folder and the adapters', draws the curves, and says what came of it."""
     folder = Path(run.config.run.dir)
     run.log.close()
-    params = jax.device_get(run.state["params"])
+    params = jax.device_get(weights(run, run.config.export.dtype))
     hf.save(folder / "hf", run.policy.model, params, run.policy.tokenizer, dtype=run.config.export.dtype)
+    exported = [("model", str(folder / "hf"))]
+    if run.frozen is not None:
+        adapters = jax.device_get(run.state["params"])
+        hf.save_adapter(folder / "adapter", run.policy.model, run.objective.lora, adapters, run.policy.path)
+        exported.append(("adapter", str(folder / "adapter")))
     drawn = metrics.curves(folder)
     validated = [row for row in metrics.read(folder / "metrics.jsonl") if "val/accuracy" in row or "val/loss" in row]
     places = [
@@ -160,7 +186,7 @@ def finish(run: Run) -> None:
         ("rollouts", str(folder / "rollouts.jsonl")),
         ("curves", str(drawn)),
         ("checkpoints", str(folder / "checkpoints")),
-        ("model", str(folder / "hf")),
+        *exported,
     ]
     first, last = (validated[0], validated[-1]) if validated else ({}, {})
     console.closing(first, last, [(label, place) for label, place in places if Path(place).stat().st_size])

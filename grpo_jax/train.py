@@ -15,6 +15,7 @@ their distance is measured every step.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -34,7 +35,20 @@ from grpo_jax.learner import Objective
 from grpo_jax.packing import Pack, Packed
 from grpo_jax.reward import Response, Reward, Scored
 from grpo_jax.rollout import Sampling, Usage
-from grpo_jax.run import Clock, Run, cache_compilations, finish, free_memory, memory, open_run, pack, padding, report, watch
+from grpo_jax.run import (
+    Clock,
+    Run,
+    cache_compilations,
+    finish,
+    free_memory,
+    memory,
+    open_run,
+    pack,
+    padding,
+    report,
+    watch,
+    weights,
+)
 
 
 def train(cfg: TrainConfig) -> None:
@@ -114,7 +128,7 @@ def sampling_of(settings: config.Rollout, run: Run) -> Sampling:
     )  # fmt: skip
     resolved = run.meta["resolved"]
     if "rows" not in resolved:
-        free = free_memory(run.state["params"], run.objective.dtype, run.mesh)
+        free = free_memory(run.state["params"] if run.frozen is None else run.frozen, run.objective.dtype, run.mesh)
         resolved["rows"], resolved["cache_bytes"] = rollout.pool_size(
             run.policy.model, run.objective.dtype, sampling, settings.max_prompt_tokens, free, mesh.shards(run.mesh)
         )
@@ -128,6 +142,7 @@ def objective_of(cfg: TrainConfig, device_mesh: Mesh) -> Objective:
     return Objective(
         "grpo", cfg.rollout.temperature, cfg.loss.clip_low, cfg.loss.clip_high, cfg.loss.kl_coefficient, cfg.loss.kl_kind,
         cfg.loss.entropy_coefficient, inputs.compute_dtype(cfg.learner), cfg.learner.remat, mesh=device_mesh,
+        lora=inputs.adapters(cfg.lora),
     )  # fmt: skip
 
 
@@ -146,6 +161,7 @@ def introduce(cfg: TrainConfig, policy: Policy, tasks: Tasks, steps: int, device
             ("data", tasks.summary()),
             ("a step", f"{n:,} prompts x {g} = {n * g:,} responses; {updates}"),
             ("a micro-batch", f"{cfg.learner.tokens_per_microbatch:,} tokens a device at most, prompts counted once a group"),
+            ("learned", inputs.learned(policy.model, inputs.adapters(cfg.lora))),
             ("run", f"{steps:,} steps = {steps * n / len(tasks.train):.3g} epochs, in {cfg.run.dir}"),
             ("devices", inputs.devices(device_mesh, cfg.learner, policy.model)),
         ],
@@ -160,7 +176,7 @@ def respond(
     """Responses of the present policy to the prompts of the tasks."""
     return rollout.sample(
         run.policy.model,
-        learner.cast(run.state["params"], run.objective.dtype),
+        weights(run),
         [task.prompt for task in tasks],
         sampling,
         seed=run.config.run.seed,
@@ -200,12 +216,13 @@ def add_reference(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -
     if run.reference is None and not run.config.learner.recompute_old_logp:
         return minibatch_packs
     show.phase("reference")
-    logprobs = lambda params, pack: learner.logprobs(run.policy.model, run.objective, params, pack)  # noqa: E731
+    logprobs = functools.partial(learner.logprobs, run.policy.model, run.objective)
+    reference = run.reference and mesh.moved(run.reference, "device")
 
     def added(pack: Pack) -> Pack:
         if run.config.learner.recompute_old_logp:
-            pack = replace(pack, old_logp=logprobs(run.state["params"], pack))
-        return pack if run.reference is None else replace(pack, ref_logp=logprobs(run.reference, pack))
+            pack = replace(pack, old_logp=logprobs(run.state["params"], pack, run.frozen))
+        return pack if reference is None else replace(pack, ref_logp=logprobs(reference, pack))
 
     return jax.block_until_ready([[added(pack) for pack in packs] for packs in minibatch_packs])
 
@@ -216,7 +233,7 @@ def learn(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -> dict[s
     for packs in minibatch_packs * run.config.learner.passes:
         show.phase("update", len(done), total)
         params, optimizer, sums = learner.update(
-            run.policy.model, run.objective, run.optimizer, run.state["params"], run.state["optimizer"], packs
+            run.policy.model, run.objective, run.optimizer, run.state["params"], run.state["optimizer"], packs, run.frozen
         )
         run.state = {"params": params, "optimizer": optimizer}
         done.append(jax.device_get(sums))

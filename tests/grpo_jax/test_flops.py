@@ -145,7 +145,7 @@ def update(model, groups, objective, tokens_per_microbatch):
     """FLOPs of the learner's micro-batches; of shapes alone, no parameter exists."""
     params, frozen = decoder.shapes(model), None
     if objective.lora is not None:
-        params, frozen = jax.eval_shape(partial(lora.init, model, objective.lora), jax.random.key(0)), params
+        params, frozen = jax.eval_shape(lambda: lora.init(model, objective.lora, jax.random.key(0))), params
     sums = jax.eval_shape(learner.zeros, params)
     packs = packing.pack(groups, tokens_per_microbatch).packs
     return sum(flops.count(learner.accumulate.trace(model, objective, params, sums, pack, frozen).jaxpr) for pack in packs)
