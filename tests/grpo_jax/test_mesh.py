@@ -196,6 +196,25 @@ for name, sizes in {"data, fsdp": config.Mesh(data=2, fsdp=2), "fsdp, tensor": c
     found, found_scalars, facts = step(sizes)
     facts["update"] = distance(minus(found, init), minus(params, init))
     report[name] = facts | {"params": distance(found, params), "scalars": distance(found_scalars, scalars)}
+# What is drawn does not depend on the mesh: first adapters, and the rounding of moments kept in bfloat16.
+def drawn(sizes):
+    device_mesh = mesh.make(sizes)
+    adapters = jax.jit(lora.init, static_argnums=(0, 1), out_shardings=mesh.shardings(device_mesh, MODEL, LORA))
+    params = jax.device_put(jax.tree.map(np.float32, init), mesh.shardings(device_mesh, MODEL))
+    narrow, _ = learner.make_optimizer(config.Optimizer(moments="bfloat16"), 10)
+    state = learner.init_state(narrow, params)
+    gradient = jax.tree.map(lambda p: p * p, params)
+    zero = jnp.zeros(())
+    _, state, _ = learner.apply(narrow, params, state, learner.Sums(gradient, zero + 7, *[zero] * 6))
+    assert {x.dtype for k in ("mu", "nu") for x in jax.tree.leaves(optax.tree.get(state, k))} == {jnp.dtype("bfloat16")}
+    return jax.device_get([adapters(MODEL, LORA, jax.random.key(5)), optax.tree.get(state, "nu")])
+
+
+same = lambda a, b: all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+(few, few_nu), (many, many_nu) = drawn(config.Mesh(data=4)), drawn(config.Mesh(data=1, fsdp=2, tensor=2))
+report["drawn"] = same(few, many)
+share = [np.mean(a == b) for a, b in zip(jax.tree.leaves(few_nu), jax.tree.leaves(many_nu), strict=True)]
+report["rounded"] = float(min(share))  # the norm that clips is summed in another order: a few may go the other way
 [after, merged], scalars, _ = step(None, LORA)
 for name, sizes in {"data, fsdp": config.Mesh(data=2, fsdp=2), "fsdp, tensor": config.Mesh(data=1, fsdp=2, tensor=2)}.items():
     [found, found_merged], found_scalars, kept = step(sizes, LORA)
@@ -215,6 +234,7 @@ def test_four_devices_take_the_step_that_one_takes():
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     print(report)
+    assert report["drawn"] and report["rounded"] > 0.99
     assert report["moved"] > 1e-4 and report["scalars"]["clipped"] > 0
     for name, (shards, pieces) in {"data, fsdp": (4, 2), "fsdp, tensor": (2, 4)}.items():
         found = report[name]
