@@ -6,6 +6,7 @@ On several hosts, all call these together, and all see the same folder.
     claim          the folder, its lock and its config.json
     Checkpoints    asynchronous, atomic saves by Orbax of a state (a pytree of arrays) and `meta` (plain JSON)
     read_params    the weights alone of a checkpoint, whatever devices it was written from
+    read_meta      its `meta`
     fingerprint    a short hash of anything in JSON: data, template, tokenizer
 
 Orbax writes a checkpoint beside its place and renames it, so a kill leaves none or a whole one. It does not notice a
@@ -36,6 +37,7 @@ from jax import Array
 
 from grpo_jax import config as configs
 from grpo_jax import hosts
+from grpo_jax import mesh as meshes
 
 State = Any
 _LOCK, _PARTIAL = "lock", "config.tmp"  # files in a run's folder
@@ -161,6 +163,7 @@ class Checkpoints:
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True)
             self._manager = ocp.CheckpointManager(self._folder, options=options)
+        state = meshes.moved(state, "device")  # what rests in host memory; computing its checksums needs it there
         meta = {**meta, "step": step, "checksums": checksums(state)}
         self.latest = step
         self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
@@ -188,24 +191,35 @@ def read_params(run_dir: str | Path, shapes: Any, step: int | None = None) -> An
     `shapes` is a pytree of what they must be (`.shape`, `.dtype`). Nothing else of the checkpoint is read, and the devices
     it was written from need not be here. Raises FileNotFoundError where there is none, ValueError where it cannot be read.
     """
+    wanted = {"params": shapes}
+    as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), wanted)
+    state = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+    return _found(run_dir, step, state=state).state["params"]
+
+
+def read_meta(run_dir: str | Path, step: int | None = None) -> dict[str, Any]:
+    """What `Checkpoints.save` was given beside the state; which checkpoint, and errors, as in `read_params`."""
+    return _found(run_dir, step).meta
+
+
+def _found(run_dir: str | Path, step: int | None, **items: ocp.args.CheckpointArgs) -> Any:
+    """The items of a checkpoint and its `meta`, by which the state is verified if it is among them."""
     folder = (Path(run_dir) / "checkpoints").resolve()
     steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
     if not steps or (step is not None and step not in steps):
         there = ", ".join(map(str, steps)) or "none"
         raise FileNotFoundError(f"{folder}: no checkpoint{'' if step is None else f' of step {step}'}; there are: {there}")
     step = steps[-1] if step is None else step
-    wanted = {"params": shapes}
-    as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), wanted)
-    args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
     _silence_unfinished_reads()
     try:
         with ocp.CheckpointManager(folder) as manager:
-            found = manager.restore(step, args=ocp.args.Composite(state=args, meta=ocp.args.JsonRestore()))
-        _verify(found.state, found.meta)
+            found = manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
+        if "state" in items:
+            _verify(found.state, found.meta)
+        return found
     except Exception as error:  # of a dozen kinds, as in `restore`
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{folder / str(step)}: cannot be read ({why}); take another step") from None
-    return found.state["params"]
 
 
 def _verify(state: State, meta: dict[str, Any]) -> None:

@@ -126,6 +126,9 @@ class Optimizer:
     """Decay of Adam's first moment."""
     b2: float = 0.999
     """Decay of Adam's second moment."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """How Adam's moments are kept. bfloat16 takes 4 bytes a parameter instead of 8, where memory is short; the second moment,
+    rounded at random in every step, then scatters by a few per cent."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,23 @@ class Learner:
     """The kernel of attention in learning, and of the prompts in sampling. auto: cudnn on NVIDIA in bfloat16, splash on TPU,
     tiles (plain XLA) elsewhere. cudnn and splash have been compiled for such devices and not run yet: if a step fails, or
     the alarm on log-probs sounds, take tiles."""
+    offload: Literal["none", "reference", "optimizer", "both"] = "none"
+    """What rests in the host's memory, and is on the device for its phase only, where memory is short: the reference weights (2
+    bytes a parameter), Adam's moments (8), or both. The result is the same; each costs transfers, the reference one a step, the
+    moments two an optimizer step."""
     recompute_old_logp: bool = False
     """Take the old log-probs from the learner's forward pass instead of the sampler's (one more forward pass a step)."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    rank: int = 0
+    """0: the whole model is learned. Above: adapters of this rank beside a frozen model (LoRA), where memory is short: a frozen
+    weight takes 2 bytes in bfloat16, a learned one about 20. 8 to 64 is usual, with ten times the learning rate or more."""
+    alpha: float = 16.0
+    """The adapters' product counts alpha / rank times. Higher acts like a higher learning rate."""
+    targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+    """The matrices of each layer that have adapters, by PEFT's names. Fewer save little memory; all of them learn best."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +211,8 @@ class Validation:
 @dataclass(frozen=True)
 class Export:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the Hugging Face folder `hf/` written at the end."""
+    """Of the Hugging Face folder `hf/` written at the end. With --lora.rank it holds the merged weights; `adapter/` beside it,
+    for PEFT, is always float32."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +227,7 @@ class TrainConfig:
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)
     learner: Learner = field(default_factory=Learner)
+    lora: Lora = field(default_factory=Lora)
     mesh: Mesh = field(default_factory=Mesh)
     hosts: Hosts = field(default_factory=Hosts)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -233,6 +253,7 @@ class SftConfig:
     batch: Batch = field(default_factory=Batch)
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-5, schedule="cosine", warmup=0.1))
     learner: Learner = field(default_factory=Learner)
+    lora: Lora = field(default_factory=Lora)
     mesh: Mesh = field(default_factory=Mesh)
     hosts: Hosts = field(default_factory=Hosts)
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(every=100))
@@ -244,7 +265,7 @@ Config = TypeVar("Config", TrainConfig, SftConfig)
 
 OPERATIONAL = (
     "run.dir", "run.steps", "run.epochs", "run.tensorboard", "rollout.decode_steps_per_call", "rollout.rows", "rollout.tensor",
-    "learner.tokens_per_microbatch", "learner.remat", "learner.attention",
+    "learner.tokens_per_microbatch", "learner.remat", "learner.attention", "learner.offload",
     "mesh.", "hosts.", "checkpoint.", "validation.", "export.",
 )  # fmt: skip
 
@@ -253,6 +274,7 @@ _FROM_0 = (
     "run.seed",
     "rollout.top_k",
     "hosts.index",
+    "lora.rank",
     "validation.every",
     "validation.limit",
 )  # whole numbers; the others start at 1

@@ -21,8 +21,9 @@ from rich.progress import track
 from data import demo, jsonl, prompt
 from data.example import Example
 from grpo_jax import checkpoint, config, console, mesh
-from models import hf
+from models import decoder, hf, lora
 from models.decoder import DecoderConfig, Params
+from models.lora import Lora
 
 _DEMO_ROWS = 4096
 
@@ -74,6 +75,11 @@ def require(settings: Any) -> None:
     if not settings.data.path:
         raise ValueError("--data.path is missing: give a JSONL file, a folder, a hub id, or `demo`")
     config.check_numbers(settings)
+    if adapters(settings.lora) and settings.learner.offload in ("reference", "both"):
+        raise ValueError(
+            f"--learner.offload {settings.learner.offload}: with --lora.rank the reference is the frozen model itself, which "
+            "every phase needs; take none or optimizer"
+        )
 
 
 def load_policy(path: str) -> Policy:
@@ -87,10 +93,24 @@ def load_policy(path: str) -> Policy:
     return Policy(path, model, tokenizer, ends)
 
 
-def load_params(policy: Policy, device_mesh: Mesh) -> Params:
-    """The weights in float32, sharded over the mesh; errors as in models.hf.load."""
+def load_params(policy: Policy, device_mesh: Mesh, dtype: Any = jnp.float32) -> Params:
+    """The weights, sharded over the mesh; `dtype` None keeps that of the file. Errors as in models.hf.load."""
     shardings = mesh.shardings(device_mesh, policy.model)
-    return hf.load(policy.path, shardings=shardings, dtype=jnp.float32)[1]
+    return hf.load(policy.path, shardings=shardings, dtype=dtype)[1]
+
+
+def first_adapters(policy: Policy, device_mesh: Mesh, settings: Lora, seed: int) -> Params:
+    """New adapters, sharded over the mesh like the matrices beside which they stand."""
+    made = jax.jit(lora.init, static_argnums=(0, 1), out_shardings=mesh.shardings(device_mesh, policy.model, settings))
+    return made(policy.model, settings, jax.random.key(seed))
+
+
+def adapters(settings: config.Lora) -> Lora | None:
+    """The adapters that a run learns; None where it learns the whole model. ValueError for a target that there is not."""
+    targets = tuple(dict.fromkeys(name.strip() for name in settings.targets.split(",")))
+    if unknown := [name for name in targets if name not in lora.TARGETS]:
+        raise ValueError(f"--lora.targets {settings.targets}: {unknown[0]!r} is none of {', '.join(lora.TARGETS)}")
+    return Lora(settings.rank, settings.alpha, targets) if settings.rank else None
 
 
 def load_tasks(
@@ -181,6 +201,16 @@ def devices(device_mesh: Mesh, learner: config.Learner, model: DecoderConfig) ->
     how = f"{compute_dtype(learner)}, attention by {attention_kernel(learner, model)}"
     on = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}{on}, mesh {sizes}, {how}"
+
+
+def learned(model: DecoderConfig, settings: Lora | None) -> str:
+    """How many parameters a run learns, for its header."""
+    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    whole = size(decoder.shapes(model))
+    if settings is None:
+        return f"all {whole:,} parameters"
+    adapters = jax.eval_shape(lambda: lora.init(model, settings, jax.random.key(0)))
+    return f"{size(adapters):,} parameters of adapters of rank {settings.rank}, beside {whole:,} frozen ones"
 
 
 def compute_dtype(learner: config.Learner) -> str:

@@ -4,7 +4,8 @@
     accumulate   one micro-batch added to the running `Sums` of gradient, loss and statistics; one dispatch
     apply        the optimizer step, from sums divided by the mini-batch's token count; one dispatch
 
-Master parameters stay in their own dtype (float32); the forward pass runs in `Objective.dtype`. The mean runs over all
+Master parameters stay in their own dtype (float32); the forward pass runs in `Objective.dtype`. With low-rank adapters
+(`Objective.lora`), `params` are these, and the model beside which they stand is handed over as `frozen`. The mean runs over all
 response tokens of the mini-batch, so that its cutting into micro-batches changes nothing (a departure from the released
 Tool-N1 code, see grpo_jax.loss).
 """
@@ -12,7 +13,7 @@ Tool-N1 code, see grpo_jax.loss).
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -25,8 +26,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grpo_jax import config, loss, mesh
 from grpo_jax.packing import Pack
 from models import attention, decoder
+from models import lora as adapters
 from models.decoder import DecoderConfig, Params
 from models.logprobs import token_logprobs, token_losses
+from models.lora import Lora
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Objective:
     remat: str = "attention"  # what of a layer is kept for the backward pass, see models.decoder.hidden
     head_chunk: int = 1024  # tokens whose logits a device holds at a time
     mesh: Mesh | None = None  # of the parameters and packs, where there are several devices
+    lora: Lora | None = None  # of the adapters that are learned; None: the whole model is
 
 
 @jax.tree_util.register_dataclass
@@ -72,6 +76,11 @@ def cast(params: Params, dtype: str) -> Params:
     return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
+def _whole(objective: Objective, params: Params, frozen: Params | None) -> Params:
+    """The model in the dtype of the computation; where there is a frozen one, with `params` as its adapters."""
+    return cast(params if frozen is None else adapters.join(frozen, params, objective.lora), objective.dtype)
+
+
 def _response_states(model: DecoderConfig, objective: Objective, params: Params, pack: Pack) -> tuple[Array, Array]:
     """(the hidden states [B, M, D] that predict the response tokens, the output matrix [V, D])."""
     kernel = mesh.by_rows(attention.packed, objective.mesh, (model.heads, model.kv_heads))
@@ -90,9 +99,9 @@ def _chunk(objective: Objective, pack: Pack) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def logprobs(model: DecoderConfig, objective: Objective, params: Params, pack: Pack) -> Array:
+def logprobs(model: DecoderConfig, objective: Objective, params: Params, pack: Pack, frozen: Params | None = None) -> Array:
     """Log-probs [B, M] of the response tokens of a pack; the value at masked places has no meaning."""
-    x, weights = _response_states(model, objective, cast(params, objective.dtype), pack)
+    x, weights = _response_states(model, objective, _whole(objective, params, frozen), pack)
     head = functools.partial(token_logprobs, temperature=objective.temperature, chunk=_chunk(objective, pack))
     return jax.vmap(lambda x, target: head(weights, x, target)[0])(x, pack.target)
 
@@ -116,8 +125,10 @@ def _per_token(objective: Objective, logp: Array, entropy: Array, pack: Pack) ->
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def accumulate(model: DecoderConfig, objective: Objective, params: Params, sums: Sums, pack: Pack) -> Sums:
-    """The sums with one micro-batch added; `sums` is donated."""
+def accumulate(
+    model: DecoderConfig, objective: Objective, params: Params, sums: Sums, pack: Pack, frozen: Params | None = None
+) -> Sums:
+    """The sums with one micro-batch added; `sums` is donated. Of `frozen` no gradient is computed."""
     of_tokens = replace(pack, tokens=None, positions=None, layout=None, source=None, target=None)  # arrays [B, M]
     head = functools.partial(
         token_losses, functools.partial(_per_token, objective),
@@ -125,7 +136,7 @@ def accumulate(model: DecoderConfig, objective: Objective, params: Params, sums:
     )  # fmt: skip
 
     def total(params):
-        x, weights = _response_states(model, objective, cast(params, objective.dtype), pack)
+        x, weights = _response_states(model, objective, _whole(objective, params, frozen), pack)
         losses, notes = jax.vmap(lambda *of_row: head(weights, *of_row))(x, pack.target, of_tokens)
         return losses.sum(), notes
 
@@ -161,12 +172,21 @@ def update(
     params: Params,
     state: optax.OptState,
     packs: Sequence[Pack],
+    frozen: Params | None = None,
 ) -> tuple[Params, optax.OptState, dict[str, Array]]:
-    """One optimizer step from the micro-batches of a mini-batch; parameters and state are donated."""
+    """One optimizer step from the micro-batches of a mini-batch; parameters and state are donated.
+
+    A state that rests in host memory is on the device for the optimizer's step only, and rests there again.
+    """
     sums = zeros(params)
     for pack in packs:
-        sums = accumulate(model, objective, params, sums, pack)
-    return apply(optimizer, params, state, sums)
+        sums = accumulate(model, objective, params, sums, pack, frozen)
+    if all(x.sharding.memory_kind != "pinned_host" for x in jax.tree.leaves(state)):
+        return apply(optimizer, params, state, sums)
+    here = mesh.moved(state, "device")
+    jax.tree.map(lambda x: x.delete(), state)  # else the host holds it twice until the caller lets go
+    params, state, scalars = apply(optimizer, params, here, sums)
+    return params, mesh.moved(state, "pinned_host"), scalars
 
 
 def step_metrics(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -205,5 +225,43 @@ def make_optimizer(settings: config.Optimizer, steps: int) -> tuple[optax.Gradie
     )
     if warmup:
         schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), schedule], [warmup])
-    adamw = optax.adamw(schedule, b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay)
+    adam = optax.scale_by_adam(b1=settings.b1, b2=settings.b2)
+    if settings.moments == "bfloat16":
+        adam = _kept_in_bfloat16(adam)
+    decayed = optax.add_decayed_weights(settings.weight_decay)
+    adamw = optax.chain(adam, decayed, optax.scale_by_learning_rate(schedule))
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw), schedule
+
+
+def _kept_in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Adam whose moments are kept in bfloat16 between the steps, and computed in the gradient's dtype.
+
+    A step changes the second moment by about 0.1 %, and neighbours in bfloat16 are 0.4 to 0.8 % apart: rounded to the nearest,
+    it is changed by large gradients only. After 2000 steps of random ones its mean is 1.19 times that of float32. So it is
+    rounded up or down at random, right in the mean: 1.000 times, each number within 3.4 % (the update within 1.7 %). What is
+    drawn follows from the count of steps: a run that resumes, on another mesh too, draws the same. The first moment changes
+    by 10 % a step and is rounded to the nearest.
+    """
+
+    def init(params: Params) -> optax.OptState:
+        return narrow(adam.init(params), lambda nu: nu.astype(jnp.bfloat16))
+
+    def update(gradient: Params, state: optax.OptState, params: Params | None = None) -> tuple[Params, optax.OptState]:
+        wide = lambda moment: jax.tree.map(lambda x, g: x.astype(g.dtype), moment, gradient)  # noqa: E731
+        updates, after = adam.update(gradient, state._replace(mu=wide(state.mu), nu=wide(state.nu)), params)
+        keys = iter(jax.random.split(jax.random.fold_in(jax.random.key(0), state.count), len(jax.tree.leaves(gradient))))
+        return updates, narrow(after, lambda nu: _rounded_at_random(nu, next(keys)))
+
+    def narrow(state: optax.OptState, second: Callable[[Array], Array]) -> optax.OptState:
+        first = lambda mu: mu.astype(jnp.bfloat16)  # noqa: E731
+        return state._replace(mu=jax.tree.map(first, state.mu), nu=jax.tree.map(second, state.nu))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _rounded_at_random(x: Array, key: Array) -> Array:
+    """Finite numbers in bfloat16, rounded up with the probability that makes the mean right, else down."""
+    # bfloat16 is the upper half of float32's bits: a random lower half, added, carries into it as often as it should.
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    upper = (bits + jax.random.bits(key, x.shape, jnp.uint16)) >> 16
+    return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)

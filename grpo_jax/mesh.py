@@ -22,11 +22,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax import config
 from models import decoder
+from models import lora as adapters
 from models.decoder import DecoderConfig
+from models.lora import Lora
 
 AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")
-# Logical axes that are not here (layers, head_dim) are never split.
+# Logical axes that are not here (layers, head_dim, rank) are never split.
 _RULES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ff": "tensor"}
 
 
@@ -68,8 +70,8 @@ def rollout_tensor(model: DecoderConfig, dtype: str, devices: int, memory: int |
     return next((n for n in fit if memory is None or weights / n <= memory / 2), fit[-1])
 
 
-def shardings(mesh: Mesh, model: DecoderConfig, section: str = "mesh") -> Any:
-    """A NamedSharding for every parameter.
+def shardings(mesh: Mesh, model: DecoderConfig, lora: Lora | None = None, section: str = "mesh") -> Any:
+    """A NamedSharding for every parameter of the model; or, where `lora` is given, of the adapters beside it.
 
     Key/value heads that `tensor` does not divide are left whole on each of its devices. Raises ValueError where the mesh
     does not divide another dimension that it splits, naming the option of the config's `section` that sets it.
@@ -90,42 +92,42 @@ def shardings(mesh: Mesh, model: DecoderConfig, section: str = "mesh") -> Any:
                 f"--{section}.{option} {mesh.shape[option]} does not divide what it splits of this model ({named}); "
                 f"up to {mesh.size} devices, {', '.join(fit)} would"
             )
-    lies = lambda names, _: NamedSharding(mesh, PartitionSpec(*map(rules.get, names)))  # noqa: E731
-    return jax.tree.map(lies, axes, shapes, is_leaf=is_axes)
+    lies = lambda names: NamedSharding(mesh, PartitionSpec(*map(rules.get, names)))  # noqa: E731
+    return jax.tree.map(lies, axes if lora is None else adapters.logical_axes(model, lora), is_leaf=is_axes)
 
 
 _PIECE = 2**28  # bytes that `host_copy` moves at a time
 
 
 def host_copy(params: Any, model: DecoderConfig, dtype: str, tensor: int) -> Any:
-    """The parameters in `dtype` on the `local` mesh of every host. All hosts must call it at once.
+    """The parameters in `dtype` on the `local` mesh of every host, adapters added in. All hosts must call it at once.
 
     Some layers at a time, so that a device holds its part of the copy and little more: whole leaves, gathered, are a
-    quarter of the weights.
+    quarter of the weights. `params` may hold `models.decoder.Adapted`.
     """
     here = local(tensor)
     everywhere = Mesh(_by_host(tensor), ("hosts", *AXES), axis_types=(AxisType.Auto,) * 4)
 
-    def moved(x: Array, sharding: NamedSharding) -> Array:
+    def brought(x: Array, sharding: NamedSharding) -> Array:
         x = jax.device_put(x, NamedSharding(everywhere, sharding.spec))
         return jax.make_array_from_single_device_arrays(x.shape, sharding, [s.data for s in x.addressable_shards])
 
-    def one(path: tuple, leaf: Array, sharding: NamedSharding) -> Array:
-        layers = leaf.shape[0]
-        count = max(1, _PIECE * layers // (leaf.size * jnp.dtype(dtype).itemsize))
-        if path[0].key != "layers" or count >= layers:
-            return moved(leaf.astype(dtype), sharding)
-        copy = jnp.zeros(leaf.shape, dtype, device=sharding)
+    def one(path: tuple, shape: jax.ShapeDtypeStruct, leaf: Any, sharding: NamedSharding) -> Array:
+        layers = shape.shape[0]
+        count = max(1, _PIECE * layers // (shape.size * jnp.dtype(dtype).itemsize))
+        if path[0].key != "layers" or count >= layers or jax.device_count() == 1:
+            return brought(adapters.plain(leaf, dtype), sharding)
+        copy = jnp.zeros(shape.shape, dtype, device=sharding)
         for begin in [*range(0, layers - count, count), layers - count]:  # the last may lay a few again
-            copy = _lay(copy, moved(_piece(leaf, begin, count, dtype), sharding), begin)
+            copy = _lay(copy, brought(adapters.plain(_piece(leaf, begin, count), dtype), sharding), begin)
         return copy
 
-    return jax.tree_util.tree_map_with_path(one, params, shardings(here, model))
+    return jax.tree_util.tree_map_with_path(one, decoder.shapes(model), params, shardings(here, model))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _piece(leaf: Array, begin: int, count: int, dtype: str) -> Array:
-    return jax.lax.dynamic_slice_in_dim(leaf, begin, count).astype(dtype)
+@functools.partial(jax.jit, static_argnums=2)
+def _piece(leaf: Any, begin: int, count: int) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, count), leaf)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -133,9 +135,35 @@ def _lay(copy: Array, piece: Array, begin: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(copy, piece, begin, 0)
 
 
+def replicated(tree: Any) -> Any:
+    """Small arrays, whole on every device, so that each host can read them."""
+    everywhere = NamedSharding(jax.tree.leaves(tree)[0].sharding.mesh, PartitionSpec())
+    return jax.jit(lambda x: x, out_shardings=everywhere)(tree)
+
+
 def rows(mesh: Mesh) -> NamedSharding:
     """Of the leading axis B of a pack."""
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+def moved(tree: Any, memory: str) -> Any:
+    """The arrays in a memory of the same devices, "device" or "pinned_host", laid out as they are; those there are not copied.
+
+    Of arrays that span hosts, each host moves its own part.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    elsewhere = [i for i, x in enumerate(leaves) if x.sharding.memory_kind != memory]
+    if not elsewhere:
+        return tree
+    there = _mover(tuple(leaves[i].sharding.with_memory_kind(memory) for i in elsewhere))([leaves[i] for i in elsewhere])
+    for i, x in zip(elsewhere, there, strict=True):
+        leaves[i] = x
+    return jax.tree.unflatten(structure, leaves)
+
+
+@functools.cache
+def _mover(shardings: tuple[NamedSharding, ...]) -> Callable:
+    return jax.jit(lambda leaves: leaves, out_shardings=list(shardings))
 
 
 def by_rows(f: Callable, mesh: Mesh | None, heads: tuple[int, int]) -> Callable:

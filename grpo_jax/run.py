@@ -31,7 +31,7 @@ from grpo_jax.group import Group
 from grpo_jax.inputs import Policy, Tasks
 from grpo_jax.learner import Objective
 from grpo_jax.packing import Packed
-from models import decoder, hf
+from models import decoder, hf, lora
 from models.decoder import DecoderConfig, Params
 
 # Of |learner's - sampler's log-prob|, the mean over a step's tokens from which on it is an alarm.
@@ -47,8 +47,9 @@ class Run:
     policy: Policy
     mesh: Mesh  # of the learner
     local: Mesh  # of the sampler: this host's devices
-    state: dict[str, Any]  # {"params", "optimizer"}
-    reference: Params | None  # the initial weights in the compute dtype, where a KL term wants them
+    state: dict[str, Any]  # {"params", "optimizer"}; with LoRA, of the adapters alone
+    frozen: Params | None  # with LoRA, the model beside them in the compute dtype
+    reference: Params | None  # the initial weights in the compute dtype, where a KL term wants them; with LoRA, `frozen`
     objective: Objective
     kernel: str  # of attention in learning
     optimizer: optax.GradientTransformation
@@ -80,7 +81,8 @@ def open_run(
     folder = Path(config.run.dir)
     changed = checkpoint.compare(config, program)
     local = hosts.together(lambda: _sampler_mesh(policy, objective, tensor))
-    params = hosts.together(lambda: inputs.load_params(policy, mesh))
+    # With LoRA as the file has them, so that their fingerprint does not depend on the dtype of the computation.
+    params = hosts.together(lambda: inputs.load_params(policy, mesh, None if objective.lora else jnp.float32))
     optimizer, schedule = learner.make_optimizer(config.optimizer, optimizer_steps)
     kernel = inputs.attention_kernel(config.learner, policy.model)
     meta = {
@@ -96,7 +98,13 @@ def open_run(
             "attention": kernel,
         },
     }
-    reference = jax.tree.map(jnp.copy, learner.cast(params, objective.dtype)) if objective.kl_coefficient else None
+    frozen = None
+    if objective.lora:
+        frozen = learner.cast(params, objective.dtype)
+        reference = frozen if objective.kl_coefficient else None
+        params = inputs.first_adapters(policy, mesh, objective.lora, config.run.seed)
+    else:
+        reference = jax.tree.map(jnp.copy, learner.cast(params, objective.dtype)) if objective.kl_coefficient else None
     state = {"params": params, "optimizer": learner.init_state(optimizer, params)}
     checkpoints = checkpoint.Checkpoints(config.run.dir, config.checkpoint.keep)
     restored = checkpoints.restore(state, console.warn)
@@ -111,6 +119,10 @@ def open_run(
         # What was chosen for this kind of device stays chosen: the memory that is free today must not change a shape.
         if meta["resolved"].items() <= restored.meta["resolved"].items():
             meta["resolved"] = restored.meta["resolved"]
+    if config.learner.offload in ("optimizer", "both"):
+        state["optimizer"] = meshes.moved(state["optimizer"], "pinned_host")
+    if config.learner.offload in ("reference", "both") and reference is not None:
+        reference = meshes.moved(reference, "pinned_host")
     lock = hosts.together(lambda: checkpoint.claim(config, program) if hosts.is_main() else None)
     hosts.together(lambda: _seen(folder))
     step = restored.step if restored else 0
@@ -126,8 +138,8 @@ def open_run(
         console.warn(f"{folder}: no checkpoint to resume from; the run begins anew, over its old metrics and rollouts")
     log = hosts.together(lambda: metrics.Log.open(folder, step, config.run.tensorboard) if hosts.is_main() else None)
     return Run(
-        config, policy, mesh, local, state, reference, objective, kernel, optimizer, schedule, step, meta, log, checkpoints,
-        lock, hosts.Stop(),
+        config, policy, mesh, local, state, frozen, reference, objective, kernel, optimizer, schedule, step, meta, log,
+        checkpoints, lock, hosts.Stop(),
     )  # fmt: skip
 
 
@@ -136,7 +148,7 @@ def _sampler_mesh(policy: Policy, objective: Objective, tensor: int | None) -> M
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         tensor = meshes.rollout_tensor(policy.model, objective.dtype, jax.local_device_count(), limit)
     local = meshes.local(tensor)
-    meshes.shardings(local, policy.model, "rollout")  # refuses what it does not divide
+    meshes.shardings(local, policy.model, section="rollout")  # refuses what it does not divide
     return local
 
 
@@ -150,8 +162,11 @@ def _seen(folder: Path, seconds: int = 60) -> None:
 
 
 def weights(run: Run, dtype: str | None = None) -> Params:
-    """The policy's weights on this host's devices (`run.local`), in the dtype of the computation or another."""
-    return meshes.host_copy(run.state["params"], run.policy.model, dtype or run.objective.dtype, run.local.shape["tensor"])
+    """The policy's weights as a plain model's, on this host's devices (`run.local`), in the compute dtype or another."""
+    params = run.state["params"]
+    if run.frozen is not None:
+        params = lora.join(run.frozen, params, run.objective.lora)
+    return meshes.host_copy(params, run.policy.model, dtype or run.objective.dtype, run.local.shape["tensor"])
 
 
 @contextmanager
@@ -233,14 +248,19 @@ def watch(run: Run, row: Mapping[str, Any]) -> None:
 
 
 def finish(run: Run) -> None:
-    """Writes the Hugging Face folder, draws the curves, and says what came of it."""
+    """Writes the Hugging Face folder and the adapters', draws the curves, and says what came of it."""
     folder = Path(run.config.run.dir)
     params = weights(run, run.config.export.dtype)
+    own = None if run.frozen is None else meshes.replicated(run.state["params"])
     if not run.log:
         hosts.gather(None)  # the first host writes
         return
     run.log.close()
     hf.save(folder / "hf", run.policy.model, jax.device_get(params), run.policy.tokenizer, dtype=run.config.export.dtype)
+    exported = [("model", str(folder / "hf"))]
+    if run.frozen is not None:
+        hf.save_adapter(folder / "adapter", run.policy.model, run.objective.lora, jax.device_get(own), run.policy.path)
+        exported.append(("adapter", str(folder / "adapter")))
     drawn = metrics.curves(folder)
     validated = [row for row in metrics.read(folder / "metrics.jsonl") if "val/accuracy" in row or "val/loss" in row]
     places = [
@@ -248,7 +268,7 @@ def finish(run: Run) -> None:
         ("rollouts", str(folder / "rollouts.jsonl")),
         ("curves", str(drawn)),
         ("checkpoints", str(folder / "checkpoints")),
-        ("model", str(folder / "hf")),
+        *exported,
     ]
     first, last = (validated[0], validated[-1]) if validated else ({}, {})
     console.closing(first, last, [(label, place) for label, place in places if Path(place).stat().st_size])

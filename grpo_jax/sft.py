@@ -27,13 +27,17 @@ def sft(cfg: SftConfig) -> None:
     hosts.start(cfg.hosts)
     device_mesh, policy, tasks = hosts.together(lambda: prepare(cfg))
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.batch.rows_per_step)
-    objective = Objective("cross_entropy", dtype=inputs.compute_dtype(cfg.learner), remat=cfg.learner.remat, mesh=device_mesh)
+    objective = Objective(
+        "cross_entropy", dtype=inputs.compute_dtype(cfg.learner), remat=cfg.learner.remat, mesh=device_mesh,
+        lora=inputs.adapters(cfg.lora),
+    )  # fmt: skip
     without = [task for task in tasks.train if not {"reasoning", "response"} & task.example.extra.keys()]
     console.header(
         f"SFT: {cfg.model.path}",
         [
             ("data", tasks.summary()),
             ("replies", f"{len(without):,} of {len(tasks.train):,} are calls without a thought before them"),
+            ("learned", inputs.learned(policy.model, objective.lora)),
             ("run", f"{steps:,} steps of {cfg.batch.rows_per_step:,} rows, in {cfg.run.dir}"),
             ("devices", inputs.devices(device_mesh, cfg.learner, policy.model)),
         ],
@@ -51,7 +55,13 @@ def sft(cfg: SftConfig) -> None:
             with clock.time("update"):
                 packed = pack(run, [group_of(task) for task in batch])
                 params, optimizer, sums = learner.update(
-                    policy.model, objective, run.optimizer, run.state["params"], run.state["optimizer"], packed.packs
+                    policy.model,
+                    objective,
+                    run.optimizer,
+                    run.state["params"],
+                    run.state["optimizer"],
+                    packed.packs,
+                    run.frozen,
                 )
                 run.state = {"params": params, "optimizer": optimizer}
                 sums = jax.device_get(sums)
@@ -97,7 +107,7 @@ def validate(run: Run, tasks: Sequence[Task], show: Progress) -> dict[str, float
     show.phase("validation")
     total = count = 0.0
     for one in pack(run, [group_of(task) for task in tasks]).packs:
-        logp = learner.logprobs(run.policy.model, run.objective, run.state["params"], one)
+        logp = learner.logprobs(run.policy.model, run.objective, run.state["params"], one, run.frozen)
         total -= float((logp * one.mask).sum())
         count += int(one.mask.sum())
     return {"val/loss": total / count}

@@ -16,6 +16,7 @@ their distance is measured every step.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -169,6 +170,7 @@ def objective_of(cfg: TrainConfig, device_mesh: Mesh) -> Objective:
     return Objective(
         "grpo", cfg.rollout.temperature, cfg.loss.clip_low, cfg.loss.clip_high, cfg.loss.kl_coefficient, cfg.loss.kl_kind,
         cfg.loss.entropy_coefficient, inputs.compute_dtype(cfg.learner), cfg.learner.remat, mesh=device_mesh,
+        lora=inputs.adapters(cfg.lora),
     )  # fmt: skip
 
 
@@ -187,6 +189,7 @@ def introduce(cfg: TrainConfig, policy: Policy, tasks: Tasks, steps: int, device
             ("data", tasks.summary()),
             ("a step", f"{n:,} prompts x {g} = {n * g:,} responses; {updates}"),
             ("a micro-batch", f"{cfg.learner.tokens_per_microbatch:,} tokens a device at most, prompts counted once a group"),
+            ("learned", inputs.learned(policy.model, inputs.adapters(cfg.lora))),
             ("run", f"{steps:,} steps = {steps * n / len(tasks.train):.3g} epochs, in {cfg.run.dir}"),
             ("devices", inputs.devices(device_mesh, cfg.learner, policy.model)),
         ],
@@ -302,12 +305,13 @@ def add_reference(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -
     if run.reference is None and not run.config.learner.recompute_old_logp:
         return minibatch_packs
     show.phase("reference")
-    logprobs = lambda params, pack: learner.logprobs(run.policy.model, run.objective, params, pack)  # noqa: E731
+    logprobs = functools.partial(learner.logprobs, run.policy.model, run.objective)
+    reference = run.reference and mesh.moved(run.reference, "device")
 
     def added(pack: Pack) -> Pack:
         if run.config.learner.recompute_old_logp:
-            pack = replace(pack, old_logp=logprobs(run.state["params"], pack))
-        return pack if run.reference is None else replace(pack, ref_logp=logprobs(run.reference, pack))
+            pack = replace(pack, old_logp=logprobs(run.state["params"], pack, run.frozen))
+        return pack if reference is None else replace(pack, ref_logp=logprobs(reference, pack))
 
     return jax.block_until_ready([[added(pack) for pack in packs] for packs in minibatch_packs])
 
@@ -318,7 +322,7 @@ def learn(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -> dict[s
     for packs in minibatch_packs * run.config.learner.passes:
         show.phase("update", len(done), total)
         params, optimizer, sums = learner.update(
-            run.policy.model, run.objective, run.optimizer, run.state["params"], run.state["optimizer"], packs
+            run.policy.model, run.objective, run.optimizer, run.state["params"], run.state["optimizer"], packs, run.frozen
         )
         run.state = {"params": params, "optimizer": optimizer}
         done.append(jax.device_get(sums))

@@ -225,8 +225,20 @@ def _param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: 
     return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes)
 
 
-def _linear(x: Array, w: Array, inputs: int = 1) -> Array:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adapted:
+    """A weight with a product of low rank r beside it, `weight + a b`; may stand in the tree where a matrix of a layer does."""
+
+    weight: Array  # [I, O]
+    a: Array  # [I, r]
+    b: Array  # [r, O]
+
+
+def _linear(x: Array, w: Array | Adapted, inputs: int = 1) -> Array:
     """x [..., I] times w [I, O], where I stands for the last `inputs` axes of x and O for any number of axes of w."""
+    if isinstance(w, Adapted):
+        return _linear(x, w.weight, inputs) + _linear(_linear(x, w.a, inputs), w.b)
     size = math.prod(w.shape[:inputs])
     y = _matmul(x.reshape(-1, size), w.reshape(size, -1))
     return y.reshape(*x.shape[: x.ndim - inputs], *w.shape[inputs:])
@@ -237,17 +249,20 @@ def _matmul(x: Array, w: Array) -> Array:
     return x @ w
 
 
-def _matmul_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ w, (x, w)
+def _matmul_forward(x: Any, w: Any) -> tuple[Array, tuple[Array | None, Array | None]]:
+    # What is not learned is told by `perturbed`: of a frozen weight the gradient is not computed, nor its input kept.
+    return x.value @ w.value, (x.value if w.perturbed else None, w.value if x.perturbed else None)
 
 
-def _matmul_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    # The barrier keeps XLA on CPU from fusing what made x and dy into a strided copy of them; 1.5 to 2 times faster.
-    x, dy = jax.lax.optimization_barrier((saved[0], dy))
-    return dy @ saved[1].T, x.T @ dy
+def _matmul_backward(saved: tuple[Array | None, Array | None], dy: Array) -> tuple[Array | None, Array | None]:
+    x, w = saved
+    if x is not None:
+        # The barrier keeps XLA on CPU from fusing what made x and dy into a strided copy of them; 1.5 to 2 times faster.
+        x, dy = jax.lax.optimization_barrier((x, dy))
+    return None if w is None else dy @ w.T, None if x is None else x.T @ dy
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 
 class Norm(nnx.Module):
@@ -276,11 +291,11 @@ class Attention(nnx.Module):
         self.qkv_bias = config.qkv_bias
 
     def __call__(self, x: Array, rotation: tuple[Array, Array], attend: Callable) -> tuple[Array, Any]:
-        q, k, v = (_linear(x, w[...]) for w in (self.q, self.k, self.v))
+        q, k, v = (_linear(x, w.get_value()) for w in (self.q, self.k, self.v))
         if self.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         o, out = attend(_rotate(q, rotation), _rotate(k, rotation), v)
-        return _linear(o, self.o[...], 2), out
+        return _linear(o, self.o.get_value(), 2), out
 
 
 class FeedForward(nnx.Module):
@@ -290,7 +305,8 @@ class FeedForward(nnx.Module):
         self.down = _param(rngs, (config.d_ff, config.d_model), ("ff", "embed"))
 
     def __call__(self, x: Array) -> Array:
-        return _linear(jax.nn.silu(_linear(x, self.gate[...])) * _linear(x, self.up[...]), self.down[...])
+        gate, up, down = (w.get_value() for w in (self.gate, self.up, self.down))
+        return _linear(jax.nn.silu(_linear(x, gate)) * _linear(x, up), down)
 
 
 class Block(nnx.Module):

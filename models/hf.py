@@ -2,6 +2,7 @@
 
     load_config, load   a folder or hub id -> DecoderConfig, parameters
     save                the way back: a folder that transformers 4.5x and 5.x and vLLM read as it is
+    save_adapter        low-rank adapters alone, as a folder that PEFT reads
     load_tokenizer, end_tokens
 
 One table, `_TABLE`, says for each of our parameters which tensor holds it there and how its axes lie; both directions
@@ -20,7 +21,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -34,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.decoder import DecoderConfig, Params, shapes
+from models.lora import TARGETS, Lora
 
 # Our parameter -> (tensor, our axes, its axes). A letter is an axis; "hc" is H and C merged into one. "{}": the layer.
 _TABLE = {
@@ -60,6 +62,7 @@ _WRITTEN = re.compile(
     r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|merges\.txt|chat_template\.jinja|tokenizer\.model"
 )
+_ADAPTER = re.compile(r"adapter_config\.json|adapter_model\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -247,20 +250,71 @@ def save(
     The folder is written beside `path` and renamed at the end: a half-written export never looks whole. An existing
     folder is replaced only if it is empty or was written by this function, else ValueError.
     """
-    target = Path(path).expanduser().resolve()
-    _refuse_foreign(target)
     dtype = _float(params["embed"].dtype if dtype is None else dtype)
     tensors = list(_tensors(config, params))
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with _folder_for(path, _WRITTEN, _is_ours) as partial:
         _write_json(partial / "config.json", config.to_hf(dtype.name))
         ends = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids) or None}
         _write_json(partial / "generation_config.json", ends)
         _write_weights(partial, tensors, dtype, shard_bytes)
         if tokenizer is not None:
             _write_tokenizer(partial, tokenizer)
+
+
+def save_adapter(path: str | Path, config: DecoderConfig, lora: Lora, adapters: Params, base: str) -> None:
+    """Writes the adapters of `models.lora` as a folder that `peft.PeftModel.from_pretrained` and vLLM load; float32.
+
+    `adapters` are arrays as in `save`, `base` the folder or hub id of the model beside which they stand. The folder is
+    written and replaced as in `save`.
+    """
+    tensors = {}
+    for target in lora.targets:
+        part, matrix, _ = TARGETS[target]
+        pair, name = adapters["layers"][part][matrix], _TABLE[f"layers/{part}/{matrix}"][0]
+        for i in range(config.layers):
+            key = "base_model.model." + name.format(i).removesuffix(".weight")
+            a, b = (np.asarray(pair[k][i], np.float32) for k in "ab")
+            tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, lora.rank).T)
+            tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(b.reshape(lora.rank, -1).T)
+    with _folder_for(path, _ADAPTER, _is_our_adapter) as partial:
+        _write_json(partial / "adapter_config.json", _peft_config(lora, base))
+        save_file(tensors, file := partial / "adapter_model.safetensors", {"format": "pt"})
+        file.chmod((partial / "adapter_config.json").stat().st_mode)
+
+
+def _peft_config(lora: Lora, base: str) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": list(lora.targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def _is_our_adapter(folder: Path) -> bool:
+    """As `_is_ours`: PEFT's own files say more."""
+    try:
+        return _json(folder / "adapter_config.json").keys() == _peft_config(Lora(1), "").keys()
+    except (ValueError, OSError):
+        return False
+
+
+@contextlib.contextmanager
+def _folder_for(path: str | Path, written: re.Pattern, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """A folder to write in, beside `path`, whose place it takes at the end. ValueError where that holds what is not ours."""
+    target = Path(path).expanduser().resolve()
+    _refuse_foreign(target, written, is_ours)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
         old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
         if target.exists():
             target.rename(old)
@@ -317,16 +371,16 @@ def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
     _write_json(folder / "tokenizer_config.json", raw)
 
 
-def _refuse_foreign(target: Path) -> None:
+def _refuse_foreign(target: Path, written: re.Pattern, is_ours: Callable[[Path], bool]) -> None:
     if not target.exists():
         return
     if not target.is_dir():
         raise ValueError(f"{target}: is a file; an export needs a folder")
     entries = sorted(target.iterdir())
-    foreign = [x.name for x in entries if not _WRITTEN.fullmatch(x.name)]
+    foreign = [x.name for x in entries if not written.fullmatch(x.name)]
     if foreign:
         raise ValueError(f"{target}: holds {_some(foreign)}, which an export would delete; choose another folder")
-    if entries and not _is_ours(target):
+    if entries and not is_ours(target):
         raise ValueError(f"{target}: holds a model that was not exported from here; choose another folder")
 
 

@@ -85,7 +85,9 @@ def _token_losses(per_token, temperature, chunk, weights, x, targets, given):
     return loss.sum(), notes
 
 
-def _token_losses_forward(per_token, temperature, chunk, weights, x, targets, given):
+def _token_losses_forward(per_token, temperature, chunk, *primals):
+    learned = primals[0].perturbed  # of a frozen output matrix the gradient is not computed
+    weights, x, targets, given = jax.tree.map(lambda primal: primal.value, primals)
     (x, targets, given), join = _chunks((x, targets, given), chunk)
 
     def one(dweights, some):
@@ -99,18 +101,20 @@ def _token_losses_forward(per_token, temperature, chunk, weights, x, targets, gi
         dscores = jnp.where(is_target, dlogp, 0)
         dscores -= jnp.exp(logp_of_all) * (dlogp + dentropy * (logp_of_all + entropy[:, None]))
         dscores = (dscores / temperature).astype(x.dtype)
-        dweights += jnp.einsum("mv,md->vd", dscores, x, preferred_element_type=dweights.dtype)
+        if learned:
+            dweights += jnp.einsum("mv,md->vd", dscores, x, preferred_element_type=dweights.dtype)
         return dweights, (loss, notes, dscores @ weights)
 
-    dweights, made = jax.lax.scan(one, jnp.zeros(weights.shape, wide(x.dtype)), (x, targets, given))
+    none_yet = jnp.zeros(weights.shape, wide(x.dtype)) if learned else None
+    dweights, made = jax.lax.scan(one, none_yet, (x, targets, given))
     loss, notes, dx = join(made)
-    return (loss.sum(), notes), (dx, dweights.astype(weights.dtype), targets, given)
+    return (loss.sum(), notes), (dx, dweights.astype(weights.dtype) if learned else None)
 
 
 def _token_losses_backward(per_token, temperature, chunk, saved, gradients):
-    dx, dweights, targets, given = saved
+    dx, dweights = saved
     scale = gradients[0].astype(dx.dtype)  # notes carry no gradient
-    return scale * dweights, scale * dx, None, None
+    return None if dweights is None else scale * dweights, scale * dx, None, None
 
 
-_token_losses.defvjp(_token_losses_forward, _token_losses_backward)
+_token_losses.defvjp(_token_losses_forward, _token_losses_backward, symbolic_zeros=True)

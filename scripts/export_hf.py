@@ -2,6 +2,7 @@
 
 python scripts/export_hf.py runs/mine OUT_DIR                      the newest checkpoint
 python scripts/export_hf.py runs/mine/checkpoints/40 OUT_DIR       that of step 40
+python scripts/export_hf.py runs/mine OUT_DIR --adapter            of a run with --lora.rank: the adapter, for PEFT
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import tyro
 
-from grpo_jax import checkpoint, console, inputs
+from grpo_jax import checkpoint, config, console, inputs, learner
 from grpo_jax.config import run_main
-from models import decoder, hf
+from models import decoder, hf, lora
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Args:
     """The folder to write."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the weights; float32 keeps them as they were trained."""
+    adapter: bool = False
+    """Write the adapter of a run with --lora.rank as a folder for PEFT (always float32), and not the merged model."""
 
 
 def export(args: Args) -> None:
@@ -36,16 +40,32 @@ def export(args: Args) -> None:
     source = args.source.resolve()
     single = source.parent.name == "checkpoints" and source.name.isdigit()
     run = source.parent.parent if single else source
-    config = run / "config.json"
+    file = run / "config.json"
     try:
-        model_path = json.loads(config.read_text())["model"]["path"]
+        options = json.loads(file.read_text())
+        model_path = options["model"]["path"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
             f"{args.source}: neither a run's folder nor runs/.../checkpoints/STEP (no config of a run in {run})"
         ) from None
     policy = inputs.load_policy(model_path)
-    params = checkpoint.read_params(run, decoder.shapes(policy.model), int(source.name) if single else None)
-    hf.save(args.out, policy.model, params, policy.tokenizer, dtype=args.dtype)
+    step = int(source.name) if single else None
+    settings = inputs.adapters(config.Lora(**options.get("lora", {})))
+    if settings is None:
+        if args.adapter:
+            raise ValueError(f"{args.source}: a run with --lora.rank 0 has no adapter; leave out --adapter")
+        params = checkpoint.read_params(run, decoder.shapes(policy.model), step)
+        hf.save(args.out, policy.model, params, policy.tokenizer, dtype=args.dtype)
+    else:
+        shapes = jax.eval_shape(lambda: lora.init(policy.model, settings, jax.random.key(0)))
+        adapters = checkpoint.read_params(run, shapes, step)
+        if args.adapter:
+            hf.save_adapter(args.out, policy.model, settings, adapters, policy.path)
+        else:
+            # Beside the model rounded as it was in the run.
+            base = learner.cast(hf.load(policy.path)[1], checkpoint.read_meta(run, step)["resolved"]["dtype"])
+            params = lora.merge(base, adapters, settings, args.dtype)
+            hf.save(args.out, policy.model, params, policy.tokenizer, dtype=args.dtype)
     console.CONSOLE.print(str(args.out))
 
 

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from grpo_jax import config, mesh
 from models import decoder
 from models.decoder import DecoderConfig
+from models.lora import Lora
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = DecoderConfig("qwen2", 32, 24, 40, 2, 12, 2, 2, tied=False)
@@ -51,6 +52,17 @@ def test_every_parameter_lies_by_the_table():
         "layers.ff.gate": PartitionSpec(None, "fsdp", "tensor"),
         "layers.ff.up": PartitionSpec(None, "fsdp", "tensor"),
         "layers.ff.down": PartitionSpec(None, "tensor", "fsdp"),
+    }
+
+
+def test_adapters_lie_like_their_matrices_and_the_rank_is_whole():
+    found = mesh.shardings(abstract(2, 2, 2), MODEL, Lora(8, targets=("q_proj", "o_proj", "gate_proj")))["layers"]
+    assert jax.tree.map(lambda s: s.spec, found) == {
+        "attention": {
+            "q": {"a": PartitionSpec(None, "fsdp", None), "b": PartitionSpec(None, None, "tensor", None)},
+            "o": {"a": PartitionSpec(None, "tensor", None, None), "b": PartitionSpec(None, None, "fsdp")},
+        },
+        "ff": {"gate": {"a": PartitionSpec(None, "fsdp", None), "b": PartitionSpec(None, None, "tensor")}},
     }
 
 
@@ -163,7 +175,7 @@ import jax, jax.numpy as jnp, numpy as np, optax
 
 from grpo_jax import config, learner, mesh, packing
 from grpo_jax.group import Group
-from models import decoder
+from models import decoder, lora
 from jax.sharding import AxisType
 from models.decoder import DecoderConfig
 
@@ -178,13 +190,17 @@ for p, rs in [(5, [4]), (3, [5, 1]), (7, [1, 6, 3, 2, 6]), (4, [3, 3, 1]), (6, [
     groups.append(Group(prompt, tuple(ids), logp, (False,) * len(rs), rng.normal(size=len(rs))))
 objective = learner.Objective(temperature=0.7, kl_coefficient=0.05, entropy_coefficient=0.02, dtype="float64", head_chunk=8)
 optimizer, _ = learner.make_optimizer(config.Optimizer(learning_rate=1e-3), 10)
+LORA = lora.Lora(rank=3)  # a rank that no axis divides
+thin = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape), jax.eval_shape(lambda: lora.init(MODEL, LORA, jax.random.key(0))))
 
 
-def step(sizes):
+def step(sizes, settings=None):
     one = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 3)
     device_mesh = mesh.make(sizes) if sizes else one
-    shardings = mesh.shardings(device_mesh, MODEL)
-    params = jax.device_put(init, shardings)
+    frozen, shardings = None, mesh.shardings(device_mesh, MODEL, settings)
+    if settings:
+        frozen = jax.device_put(init, mesh.shardings(device_mesh, MODEL))
+    params = jax.device_put(thin if settings else init, shardings)
     state = learner.init_state(optimizer, params)
     kernel = "plain" if sizes and sizes.tensor > 1 else "tiles"
     packs = packing.pack(groups, 32, mesh.shards(device_mesh), kernel=kernel, tile=(8, 4)).packs
@@ -193,8 +209,13 @@ def step(sizes):
     lies = lambda tree: all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), tree, shardings)))
     trees = lambda params, state: [params, learner.zeros(params).gradient, *(optax.tree.get(state, k) for k in ("mu", "nu"))]
     before = all(map(lies, trees(params, state)))
-    after, state, scalars = learner.update(MODEL, replace(objective, mesh=device_mesh), optimizer, params, state, packs)
+    whole = replace(objective, mesh=device_mesh, lora=settings)
+    after, state, scalars = learner.update(MODEL, whole, optimizer, params, state, packs, frozen)
     pieces = lambda x: x.size // x.addressable_shards[0].data.size
+    if settings:
+        merged = lora.merge(frozen, after, settings, "float64")
+        same = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), merged, frozen)
+        return jax.device_get([after, merged]), jax.device_get(scalars), all(jax.tree.leaves(same))
     return jax.device_get(after), jax.device_get(scalars), dict(
         micro_batches=len(packs), tokens=[pieces(packs[0].tokens), len(packs[0].tokens)], embed=pieces(after["embed"]),
         kept=before and all(map(lies, trees(after, state))),
@@ -212,6 +233,32 @@ for name, sizes in {"data, fsdp": config.Mesh(data=2, fsdp=2), "fsdp, tensor": c
     found, found_scalars, facts = step(sizes)
     facts["update"] = distance(minus(found, init), minus(params, init))
     report[name] = facts | {"params": distance(found, params), "scalars": distance(found_scalars, scalars)}
+# What is drawn does not depend on the mesh: first adapters, and the rounding of moments kept in bfloat16.
+def drawn(sizes):
+    device_mesh = mesh.make(sizes)
+    adapters = jax.jit(lora.init, static_argnums=(0, 1), out_shardings=mesh.shardings(device_mesh, MODEL, LORA))
+    params = jax.device_put(jax.tree.map(np.float32, init), mesh.shardings(device_mesh, MODEL))
+    narrow, _ = learner.make_optimizer(config.Optimizer(moments="bfloat16"), 10)
+    state = learner.init_state(narrow, params)
+    gradient = jax.tree.map(lambda p: p * p, params)
+    zero = jnp.zeros(())
+    _, state, _ = learner.apply(narrow, params, state, learner.Sums(gradient, zero + 7, *[zero] * 6))
+    assert {x.dtype for k in ("mu", "nu") for x in jax.tree.leaves(optax.tree.get(state, k))} == {jnp.dtype("bfloat16")}
+    return jax.device_get([adapters(MODEL, LORA, jax.random.key(5)), optax.tree.get(state, "nu")])
+
+
+same = lambda a, b: all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+(few, few_nu), (many, many_nu) = drawn(config.Mesh(data=4)), drawn(config.Mesh(data=1, fsdp=2, tensor=2))
+report["drawn"] = same(few, many)
+share = [np.mean(a == b) for a, b in zip(jax.tree.leaves(few_nu), jax.tree.leaves(many_nu), strict=True)]
+report["rounded"] = float(min(share))  # the norm that clips is summed in another order: a few may go the other way
+[after, merged], scalars, _ = step(None, LORA)
+for name, sizes in {"data, fsdp": config.Mesh(data=2, fsdp=2), "fsdp, tensor": config.Mesh(data=1, fsdp=2, tensor=2)}.items():
+    [found, found_merged], found_scalars, kept = step(sizes, LORA)
+    report["adapters, " + name] = dict(
+        kept=kept, update=distance(minus(found, thin), minus(after, thin)),
+        params=distance([found, found_merged], [after, merged]), scalars=distance(found_scalars, scalars),
+    )
 print(json.dumps(report))
 """
 
@@ -224,10 +271,13 @@ def test_four_devices_take_the_step_that_one_takes():
     assert done.returncode == 0 and "Involuntary" not in done.stderr, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     print(report)
+    assert report["drawn"] and report["rounded"] > 0.99
     assert report["moved"] > 1e-4 and report["scalars"]["clipped"] > 0
     for name, (shards, pieces) in {"data, fsdp": (4, 2), "fsdp, tensor": (2, 4)}.items():
         found = report[name]
         assert max(found["params"], found["scalars"]) < 1e-9, (name, found)
         assert found["update"] < 1e-8, (name, found)  # Adam divides rounding by the smallest gradients
         assert (found["tokens"], found["embed"], found["kept"]) == ([shards, shards], pieces, True)
+        found = report["adapters, " + name]
+        assert max(found["params"], found["scalars"]) < 1e-9 and found["update"] < 1e-8 and found["kept"], (name, found)
     assert [report[k]["micro_batches"] for k in ("one", "fsdp, tensor", "data, fsdp")] == [3, 2, 1]

@@ -81,6 +81,15 @@ def test_a_run_that_is_continued_ends_like_one_that_was_not_stopped(tiny_model, 
     assert f"loss {before:15.4f}{after:8.4f}{after - before:+12.4f}" in shown
 
 
+def test_adapters_learn_too(tiny_model, rows, tmp_path):
+    cfg = replace(settings(tiny_model, rows, tmp_path / "run", 4), lora=config.Lora(rank=4))
+    sft.sft(cfg)
+    found = untimed(tmp_path / "run")
+    assert found[-1]["val/loss"] < found[0]["val/loss"] - 0.2
+    sft.sft(replace(cfg, run=replace(cfg.run, dir=str(tmp_path / "on"), steps=1), model=config.Model(f"{cfg.run.dir}/hf")))
+    assert untimed(tmp_path / "on")[0]["val/loss"] == pytest.approx(found[-1]["val/loss"], rel=1e-5)  # the export is the model
+
+
 def test_other_replies_to_the_same_tasks_are_other_data(tiny_model, rows, unbroken, tmp_path):
     other = tmp_path / "rows.jsonl"
     other.write_text(rows.read_text())

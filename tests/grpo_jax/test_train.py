@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from data.example import make
-from grpo_jax import config, hosts, inputs, mesh, metrics, reward, rollout, train
+from grpo_jax import checkpoint, config, hosts, inputs, mesh, metrics, reward, rollout, train
 from grpo_jax import run as run_module
 from grpo_jax.config import TrainConfig
 from grpo_jax.group import Group
@@ -275,6 +276,8 @@ def refused(capsys, *arguments: str) -> str:
         (["--checkpoint.every", "0"], "--checkpoint.every 0: give a number from 1 on"),
         (["--rollout.group_size", "0"], "--rollout.group_size 0: give a number from 1 on"),
         (["--optimizer.learning_rate", "nan"], "--optimizer.learning_rate nan: give a number from 0 on"),
+        (["--lora.rank", "4", "--learner.offload", "both"], "the reference is the frozen model itself"),
+        (["--lora.targets", "q_proj,qproj"], "'qproj' is none of q_proj, k_proj"),
         (["--run.steps", "2", "tool-n1-7b"], "a preset like 'tool-n1-7b' comes first"),
         (["--data.template", "nowhere.txt"], "nowhere.txt: no such template file"),
     ],
@@ -379,6 +382,94 @@ def test_each_pass_takes_its_optimizer_steps(tiny_model, tmp_path):
     assert once[1]["learning_rate"] == pytest.approx(1e-3 * (1 + np.cos(np.pi * 1 / 2)) / 2)  # the second step of two
     assert twice[1]["learning_rate"] == pytest.approx(1e-3 * (1 + np.cos(np.pi * 3 / 4)) / 2)  # the fourth of four
     assert twice[1]["clip_fraction"] >= once[1]["clip_fraction"]
+
+
+def test_what_rests_in_host_memory_changes_nothing(tiny_model, tmp_path, monkeypatch):
+    """One step with both there, a restart, and one more with none, against two steps with none."""
+    resting, learn = [], train.learn
+    kinds = lambda tree: {x.sharding.memory_kind for x in jax.tree.leaves(tree)}  # noqa: E731
+
+    def watched(run, *rest):
+        found = learn(run, *rest)
+        resting.append([kinds(tree) for tree in (run.reference, run.state["optimizer"], run.state["params"])])
+        return found
+
+    monkeypatch.setattr(train, "learn", watched)
+    unbroken, want = end_of(small(tiny_model, tmp_path / "a"))
+    end_of(small(tiny_model, tmp_path / "b", **{"run.steps": 1, "learner.offload": "both"}))
+    continued, found = end_of(small(tiny_model, tmp_path / "b"))
+    assert continued == unbroken
+    np.testing.assert_array_equal(found, want)
+    host, device = {"pinned_host"}, {"device"}
+    assert resting == [[device] * 3, [device] * 3, [host, host, device], [device] * 3]
+
+
+ADAPTERS = {
+    "lora.rank": 4,
+    "lora.alpha": 8.0,
+    "lora.targets": "q_proj,v_proj,down_proj",
+    "optimizer.learning_rate": 1e-2,
+    "learner.prompts_per_minibatch": 3,  # one optimizer step a step: the first is taken where the policy is the reference
+}
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "adapted"
+    train.train(small(tiny_model, folder, **ADAPTERS, **{"run.steps": 3, "validation.limit": 4}))
+    return folder
+
+
+def test_adapters_learn_and_the_model_beside_them_is_the_reference(adapted):
+    found = rows(adapted)
+    assert found[1]["kl/mean"] == pytest.approx(0, abs=1e-6) and found[3]["kl/mean"] > 1e-4
+    assert found[1]["grad_norm"] > 0 and found[1]["reward/mean"] != found[2]["reward/mean"]
+    assert all(row["rollout/logp_mismatch_max"] < 1e-4 for row in found[1:])  # merged or beside it: rounding
+
+
+def test_a_run_of_adapters_that_is_continued_ends_like_one_that_was_not_stopped(tiny_model, adapted, tmp_path):
+    folder = tmp_path / "run"
+    train.train(small(tiny_model, folder, **ADAPTERS, **{"run.steps": 1, "validation.limit": 4}))
+    train.train(small(tiny_model, folder, **ADAPTERS, **{"run.steps": 3, "validation.limit": 4}))
+    compared = lambda run: [{k: v for k, v in row.items() if not k.startswith("val/")} for row in rows(run)]  # noqa: E731
+    assert compared(folder) == compared(adapted)
+    for file in ("rollouts.jsonl", "hf/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (folder / file).read_bytes() == (adapted / file).read_bytes(), file
+
+
+def test_a_checkpoint_holds_the_adapters_alone_and_exports_as_the_run_does(tiny_model, adapted, tmp_path):
+    names = checkpoint.read_meta(adapted)["checksums"]
+    assert len([name for name in names if name.startswith("params/")]) == 6  # two factors of three targets
+    assert len([name for name in names if "/mu/" in name]) == 6
+    source = adapted / "checkpoints" / "3"
+    export_hf.export(export_hf.Args(source, tmp_path / "hf", "float32"))
+    export_hf.export(export_hf.Args(adapted, tmp_path / "adapter", adapter=True))
+    for file in ("hf/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        assert (tmp_path / file).read_bytes() == (adapted / file).read_bytes(), file
+    model, base = hf.load(tiny_model)
+    merged = hf.load(tmp_path / "hf")[1]
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), merged, base)["layers"]
+    assert moved["attention"] == {"q": True, "v": True} | dict.fromkeys(("k", "o", "q_bias", "k_bias", "v_bias"), False)
+    assert moved["ff"] == {"gate": False, "up": False, "down": True}
+
+
+def test_adapters_beside_another_model_are_refused(tiny_model, adapted, tmp_path, capsys):
+    folder, model = shutil.copytree(adapted, tmp_path / "run"), shutil.copytree(tiny_model, tmp_path / "model")
+    found, params = hf.load(model)
+    params["norm"]["scale"] = params["norm"]["scale"] * 2
+    hf.save(model, found, params, hf.load_tokenizer(model), dtype="float32")
+    file = folder / "config.json"  # the same path, for the run
+    file.write_text(file.read_text().replace(json.dumps(tiny_model), json.dumps(str(model))))
+    with pytest.raises(ValueError, match="began with another initial weights"):
+        train.train(small(str(model), folder, **ADAPTERS, **{"run.steps": 4}))
+    with pytest.raises(ValueError, match="lora.rank: 4 -> 5"):
+        train.train(small(str(model), folder, **ADAPTERS | {"lora.rank": 5}))
+
+
+def test_a_run_of_the_whole_model_has_no_adapter_to_export(unbroken, tmp_path):
+    assert not (unbroken / "adapter").exists()
+    with pytest.raises(ValueError, match="has no adapter; leave out --adapter"):
+        export_hf.export(export_hf.Args(unbroken, tmp_path / "out", adapter=True))
 
 
 def test_an_interrupted_run_waits_for_its_last_save(tiny_model, tmp_path, monkeypatch):

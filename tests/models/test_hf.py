@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from models import decoder, hf
+from models import decoder, hf, lora
+from models.lora import Lora
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -263,6 +264,56 @@ def test_save_refuses_parameters_of_another_network(made, tmp_path):
     with pytest.raises(ValueError, match="int8"):
         hf.save(tmp_path / "out", config, params, dtype="int8")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "kind, targets",
+    [("qwen2-tied", tuple(lora.TARGETS)), ("llama-tied-9-heads", tuple(lora.TARGETS)), ("llama3-rope", ("q_proj", "o_proj"))],
+)
+def test_peft_loads_an_adapter_and_gives_the_same_logits(made, tmp_path, kind, targets):
+    peft = pytest.importorskip("peft")
+    _, path = made(kind)
+    config, base = hf.load(path)
+    settings, adapters = adapters_for(config, targets)
+    hf.save_adapter(tmp_path / "adapter", config, settings, adapters, str(path))
+    tokens, lengths = np.random.default_rng(0).integers(0, config.vocab, (2, 40)), np.array([40, 23])
+    ours = np.asarray(jax.nn.log_softmax(logits(config, lora.join(base, adapters, settings), tokens, lengths)))
+    original = transformers.AutoModelForCausalLM.from_pretrained(path)
+    theirs, mask = torch_logp(peft.PeftModel.from_pretrained(original, tmp_path / "adapter").eval(), tokens, lengths)
+    assert np.abs(ours - theirs)[mask].max() < 1e-4
+    without = np.asarray(jax.nn.log_softmax(logits(config, base, tokens, lengths)))
+    assert np.abs(ours - without)[mask].max() > 0.5
+    # And merged, as an export of its own.
+    hf.save(tmp_path / "merged", config, lora.merge(base, adapters, settings, "float32"), dtype="float32")
+    merged, _ = torch_logp(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval(), tokens, lengths)
+    assert np.abs(ours - merged)[mask].max() < 1e-4
+
+
+def adapters_for(config, targets):
+    settings, rng = Lora(4, 6.0, targets), np.random.default_rng(3)
+    shapes = jax.eval_shape(lambda: lora.init(config, settings, jax.random.key(0)))
+    return settings, jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), shapes)
+
+
+def test_an_adapter_replaces_an_adapter_and_nothing_else(made, tmp_path):
+    config, _ = hf.load(made("qwen2-tied")[1])
+    settings, adapters = adapters_for(config, ("v_proj",))
+    for _ in range(2):
+        hf.save_adapter(tmp_path / "adapter", config, settings, adapters, "org/base")
+    names = {f"base_model.model.model.layers.{i}.self_attn.v_proj.lora_{x}.weight" for i in range(3) for x in "AB"}
+    assert set(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == names
+    raw = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (raw["r"], raw["lora_alpha"], raw["target_modules"], raw["base_model_name_or_path"]) == (
+        4,
+        6.0,
+        ["v_proj"],
+        "org/base",
+    )
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(raw | {"peft_version": "0.21"}))
+    with pytest.raises(ValueError, match="was not exported from here"):
+        hf.save_adapter(tmp_path / "adapter", config, settings, adapters, "org/base")
+    with pytest.raises(ValueError, match="which an export would delete"):
+        hf.save_adapter(made("qwen2-tied")[1], config, settings, adapters, "org/base")
 
 
 # ---------------------------------------------------------------- placement
