@@ -465,12 +465,12 @@ def test_a_state_in_host_memory_is_there_again_after_the_step(x64):
 
 def test_moments_in_bfloat16_follow_those_in_float32():
     """2000 steps of random gradients. Rounded to the nearest, the mean of the second moment is 1.19 times that of float32."""
-    params = {"w": jnp.zeros(20_000)}
+    params = {"w": jnp.zeros(4_000)}
 
     @functools.partial(jax.jit, static_argnums=0)
     def after(optimizer):
         def step(state, key):
-            gradient = {"w": 1e-3 * jax.random.normal(key, (20_000,))}
+            gradient = {"w": 1e-3 * jax.random.normal(key, (4_000,))}
             updates, state = optimizer.update(gradient, state, params)
             return state, updates["w"]
 
@@ -480,7 +480,7 @@ def test_moments_in_bfloat16_follow_those_in_float32():
     made = lambda moments: learner.make_optimizer(config.Optimizer(moments=moments, weight_decay=0.0, clip_norm=1e9), 10)[0]  # noqa: E731
     (full, want), (narrow, found), (again, _) = after(made("float32")), after(made("bfloat16")), after(made("bfloat16"))
     chex.assert_trees_all_equal(narrow, again)
-    for name, scatter, mean in (("nu", 0.04, 1e-3), ("mu", 0.01, 1e-3)):
+    for name, scatter, mean in (("nu", 0.04, 2e-3), ("mu", 0.01, 1e-3)):
         of = lambda state: np.asarray(optax.tree.get(state, name)["w"], np.float64)  # noqa: B023, E731
         assert optax.tree.get(narrow, name)["w"].dtype == jnp.bfloat16 and optax.tree.get(full, name)["w"].dtype == jnp.float32
         far = of(narrow) - of(full)
