@@ -61,10 +61,10 @@ def _by_host(tensor: int) -> np.ndarray:
 def rollout_tensor(model: DecoderConfig, dtype: str, devices: int, memory: int | None) -> int:
     """Over how many of a host's `devices` sampling must split the weights; `memory` of a device in bytes, None: not known.
 
-    The least number that divides devices and heads and keeps two copies of the weights, stacked and by layer, within half
-    of the memory; where none does, the largest.
+    The least number that divides devices and heads and keeps the weights within half of the memory; where none does, the
+    largest.
     """
-    weights = 2 * sum(x.size for x in jax.tree.leaves(decoder.shapes(model))) * jnp.dtype(dtype).itemsize
+    weights = sum(x.size for x in jax.tree.leaves(decoder.shapes(model))) * jnp.dtype(dtype).itemsize
     sizes = (model.heads, model.d_ff, model.vocab, devices)
     fit = [n for n in range(1, devices + 1) if all(size % n == 0 for size in sizes)]
     return next((n for n in fit if memory is None or weights / n <= memory / 2), fit[-1])
@@ -96,43 +96,30 @@ def shardings(mesh: Mesh, model: DecoderConfig, lora: Lora | None = None, sectio
     return jax.tree.map(lies, axes if lora is None else adapters.logical_axes(model, lora), is_leaf=is_axes)
 
 
-_PIECE = 2**28  # bytes that `host_copy` moves at a time
-
-
 def host_copy(params: Any, model: DecoderConfig, dtype: str, tensor: int) -> Any:
     """The parameters in `dtype` on the `local` mesh of every host, adapters added in. All hosts must call it at once.
 
-    Some layers at a time, so that a device holds its part of the copy and little more: whole leaves, gathered, are a
-    quarter of the weights. `params` may hold `models.decoder.Adapted`.
+    `params` may hold `models.decoder.Adapted`. They go layer by layer, so that a device holds its part of the copy and
+    little more (a leaf of all layers, gathered, is a quarter of the weights), and stay so: see `decoder.by_layer`.
     """
-    here = local(tensor)
-    everywhere = Mesh(_by_host(tensor), ("hosts", *AXES), axis_types=(AxisType.Auto,) * 4)
+    here, everywhere = local(tensor), Mesh(_by_host(tensor), ("hosts", *AXES), axis_types=(AxisType.Auto,) * 4)
 
-    def brought(x: Array, sharding: NamedSharding) -> Array:
+    def one(x: Array, sharding: NamedSharding) -> Array:
         x = jax.device_put(x, NamedSharding(everywhere, sharding.spec))
         return jax.make_array_from_single_device_arrays(x.shape, sharding, [s.data for s in x.addressable_shards])
 
-    def one(path: tuple, shape: jax.ShapeDtypeStruct, leaf: Any, sharding: NamedSharding) -> Array:
-        layers = shape.shape[0]
-        count = max(1, _PIECE * layers // (shape.size * jnp.dtype(dtype).itemsize))
-        if path[0].key != "layers" or count >= layers or jax.device_count() == 1:
-            return brought(adapters.plain(leaf, dtype), sharding)
-        copy = jnp.zeros(shape.shape, dtype, device=sharding)
-        for begin in [*range(0, layers - count, count), layers - count]:  # the last may lay a few again
-            copy = _lay(copy, brought(adapters.plain(_piece(leaf, begin, count), dtype), sharding), begin)
-        return copy
-
-    return jax.tree_util.tree_map_with_path(one, decoder.shapes(model), params, shardings(here, model))
+    places = shardings(here, model)
+    of_layer = jax.tree.map(lambda place: NamedSharding(here, PartitionSpec(*place.spec[1:])), places.pop("layers"))
+    rest = {name: x for name, x in params.items() if name != "layers"}
+    layers = tuple(jax.tree.map(one, _layer(params["layers"], i, dtype), of_layer) for i in range(model.layers))
+    return {**jax.tree.map(lambda x, place: one(x.astype(dtype), place), rest, places), "layers": layers}
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _piece(leaf: Any, begin: int, count: int) -> Any:
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, count), leaf)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _lay(copy: Array, piece: Array, begin: int) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(copy, piece, begin, 0)
+def _layer(layers: Any, i: int, dtype: str) -> Any:
+    piece = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), layers)
+    is_weight = lambda x: isinstance(x, (Array, decoder.Adapted))  # noqa: E731
+    return jax.tree.map(lambda x: adapters.plain(x, dtype)[0], piece, is_leaf=is_weight)
 
 
 def replicated(tree: Any) -> Any:
@@ -164,6 +151,11 @@ def moved(tree: Any, memory: str) -> Any:
 @functools.cache
 def _mover(shardings: tuple[NamedSharding, ...]) -> Callable:
     return jax.jit(lambda leaves: leaves, out_shardings=list(shardings))
+
+
+def caches(mesh: Mesh, kv_heads: int) -> NamedSharding:
+    """Of the sampler's keys and values [n, K, tokens, C]: heads over `tensor`, where it divides them."""
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES, None if kv_heads % mesh.shape["tensor"] else "tensor"))
 
 
 def by_rows(f: Callable, mesh: Mesh | None, heads: tuple[int, int]) -> Callable:

@@ -139,11 +139,11 @@ def sample(
 ) -> tuple[list[Group], Usage]:
     """Samples `group_size` responses to each prompt (int32 ids [P]); returns the groups in the order of the prompts.
 
-    With a mesh, rows and prompts are split over it as packs are; the parameters stay where they are. Log-probs are of
-    the distribution that was sampled (logits / temperature, cut by top-k and top-p where they are on), or, when greedy, of
-    the model's. A prompt that occurs twice gets other samples the second time ("attempt" in its key): `attempts` [N], by
-    default counted within the call, are those of a batch of which these prompts are a part.
-    `kernel` is that of learning (grpo_jax.inputs.attention_kernel); prompts take it where it is a fused one. `lengths`
+    With a mesh, rows and prompts are split over it as packs are; the parameters stay where they are (stacked, or by layer,
+    which saves a copy of them: see models.decoder.by_layer). Log-probs are of the distribution that was sampled (logits /
+    temperature, cut by top-k and top-p where they are on), or, when greedy, of the model's. A prompt that occurs twice gets
+    other samples the second time ("attempt" in its key): `attempts` [N], by default counted within the call, are those of a
+    batch of which these prompts are a part. `kernel` is that of learning (grpo_jax.inputs.attention_kernel); prompts take it where it is a fused one. `lengths`
     [N][G], for benchmarks and tests, imposes the tokens of each response: it is cut there, an end token before does not end
     it. Raises ValueError for an empty prompt and for a length outside of 1 ... max_response_tokens.
     """
@@ -154,14 +154,15 @@ def sample(
     if not prompts:
         return [], Usage(0, 0)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    params = params if isinstance(params["layers"], tuple) else _by_layer(params)
     job = _job(config, params, prompts, sampling, order, (seed, step), mesh, kernel, attempts, lengths)
     g, total = sampling.group_size, len(prompts) * sampling.group_size
     book = _Book(deque((rank, j) for rank in range(len(prompts)) for j in range(g)), [g] * len(prompts))
     pool = None
-    cut, by_layer = (sampling.temperature, sampling.top_p, sampling.top_k), _by_layer(params)
+    cut = (sampling.temperature, sampling.top_p, sampling.top_k)
     while book.live or book.waiting:
         pool = _admit(job, book, pool)
-        pool, tokens, logp = _decode(config, cut, job.limits.steps, by_layer, pool, _seats(job, book))
+        pool, tokens, logp = _decode(config, cut, job.limits.steps, job.params, pool, _seats(job, book))
         _collect(job, book, np.asarray(tokens), np.asarray(logp))  # waits for the device
         progress(len(book.truncated), total)
     groups = dict(zip(order, (_group(job, book, rank) for rank in range(len(prompts))), strict=True))
@@ -366,8 +367,6 @@ def _decode(
 ) -> tuple[_Pool, Array, Array]:
     """Draws `steps` tokens for every row: (pool, tokens [steps, B], logp [steps, B]). The pool is donated.
 
-    The parameters are those of `_by_layer`.
-
     `cut` is (temperature, top_p, top_k), and not all of `Sampling`: nothing else of it should compile this again.
     """
     keys = jax.random.wrap_key_data(seats.key)
@@ -452,8 +451,11 @@ def _resize_prompts(prompts: PromptCache, last: Array, take: Array, width: int) 
 
 
 def _place(job: _Job, pool: _Pool) -> _Pool:
-    """Splits rows and prompts over the mesh."""
-    return pool if job.mesh is None else jax.device_put(pool, meshes.rows(job.mesh))
+    """Splits rows and prompts over the mesh, and the heads of caches over `tensor`."""
+    if job.mesh is None:
+        return pool
+    rows, caches = meshes.rows(job.mesh), meshes.caches(job.mesh, job.config.kv_heads)
+    return jax.device_put(pool, jax.tree.map(lambda x: caches if x.ndim == 4 else rows, pool))
 
 
 # ---------------------------------------------------------------- how many rows

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -162,7 +163,7 @@ def _seen(folder: Path, seconds: int = 60) -> None:
 
 
 def weights(run: Run, dtype: str | None = None) -> Params:
-    """The policy's weights as a plain model's, on this host's devices (`run.local`), in the compute dtype or another."""
+    """The policy's weights, by layer, on this host's devices (`run.local`), in the compute dtype or another."""
     params = run.state["params"]
     if run.frozen is not None:
         params = lora.join(run.frozen, params, run.objective.lora)
@@ -256,7 +257,9 @@ def finish(run: Run) -> None:
         hosts.gather(None)  # the first host writes
         return
     run.log.close()
-    hf.save(folder / "hf", run.policy.model, jax.device_get(params), run.policy.tokenizer, dtype=run.config.export.dtype)
+    params = jax.device_get(params)
+    params["layers"] = jax.tree.map(lambda *layers: np.stack(layers), *params["layers"])
+    hf.save(folder / "hf", run.policy.model, params, run.policy.tokenizer, dtype=run.config.export.dtype)
     exported = [("model", str(folder / "hf"))]
     if run.frozen is not None:
         hf.save_adapter(folder / "adapter", run.policy.model, run.objective.lora, jax.device_get(own), run.policy.path)
@@ -309,13 +312,13 @@ class Clock:
 
 
 def free_memory(model: DecoderConfig, dtype: str, mesh: Mesh) -> int | None:
-    """Bytes that are free on the first device beside two copies of the weights, stacked and by layer; None: not told."""
+    """Bytes that are free on the first device beside a copy of the weights to sample with; None: not told."""
     stats = mesh.local_devices[0].memory_stats() or {}
     if not {"bytes_limit", "bytes_in_use"} <= stats.keys():
         return None
     shapes, places = jax.tree.leaves(decoder.shapes(model)), jax.tree.leaves(meshes.shardings(mesh, model))
     copy = sum(math.prod(place.shard_shape(x.shape)) for x, place in zip(shapes, places, strict=True))
-    return stats["bytes_limit"] - stats["bytes_in_use"] - 2 * copy * jnp.dtype(dtype).itemsize
+    return stats["bytes_limit"] - stats["bytes_in_use"] - copy * jnp.dtype(dtype).itemsize
 
 
 def memory() -> dict[str, float]:

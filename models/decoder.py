@@ -440,7 +440,7 @@ def hidden(
 
 
 def by_layer(params: Params) -> Params:
-    """The parameters with a tuple of layers instead of stacked ones, for loops that use each many times.
+    """The parameters with a tuple of layers instead of stacked ones, for sampling.
 
     A scan over stacked layers copies every layer's weights out before it uses them. Where few tokens pass through, as in
     decoding, that is most of the time.
@@ -473,6 +473,7 @@ def prefill(
 ) -> tuple[PromptCache, Array]:
     """Prompts [N, P], right padded, lengths [N] -> (their cache, the hidden state [N, D] of each prompt's last token).
 
+    The parameters are `by_layer`, as for `decode_step`: a scan would want a second copy of them, stacked.
     `causal(q, k, v, lengths)` is the attention of rows, by default in plain XLA.
     """
     causal = causal or (lambda q, k, v, _: attention.causal(q, k, v))
@@ -481,8 +482,8 @@ def prefill(
         return causal(q, k, v, lengths), (jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3))
 
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x, (k, v) = hidden(config, params, tokens, rotation(config, positions), attend)
-    k, v = (tuple(x[i] for i in range(config.layers)) for x in (k, v))
+    x, caches = hidden(config, params, tokens, rotation(config, positions), attend, (None,) * config.layers)
+    k, v = zip(*caches, strict=True)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return PromptCache(k, v, lengths), last
 

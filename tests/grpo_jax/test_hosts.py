@@ -52,10 +52,9 @@ PROGRAM = """
 import sys
 import jax
 from grpo_jax import config, hosts, inputs, train
-from grpo_jax import mesh as meshes
 from models import hf
 
-hosts._CHUNK, meshes._PIECE = 2000, 6000  # so that batches come in pieces, and weights layer by layer
+hosts._CHUNK = 2000  # so that what hosts tell each other comes in pieces
 in_float32 = inputs.load_params
 inputs.load_params = lambda *args: jax.tree.map(lambda x: x.astype("float64"), in_float32(*args))
 inputs.compute_dtype = lambda learner: "float64"

@@ -246,7 +246,8 @@ def test_prefill_and_decode_equal_logits_of_the_whole_sequence(x64, config):
     start, length = np.array([0, 3, 1, 0, 2]), np.array([5, 1, 3, 4, 2])
     responses = rng.integers(0, config.vocab, (b, r))
 
-    cache, last = jax.jit(decoder.prefill, static_argnums=0)(config, params, prompts, p_length)
+    layers = decoder.by_layer(params)
+    cache, last = jax.jit(decoder.prefill, static_argnums=0)(config, layers, prompts, p_length)
     assert [k.shape for k in cache.k] == [(n, config.kv_heads, p, config.head_dim)] * config.layers
     rubbish = 5.0 * rng.normal(size=(2, config.layers, b, config.kv_heads, r, config.head_dim))  # what earlier rows left
     wider = np.concatenate([rubbish, rubbish], 4)  # the second band
@@ -255,7 +256,7 @@ def test_prefill_and_decode_equal_logits_of_the_whole_sequence(x64, config):
         for x, y in zip(rubbish, wider, strict=True)
     ]
     own = ResponseCache(*bands, jnp.zeros(b, jnp.int32))
-    step, layers = jax.jit(decoder.decode_step, static_argnums=0), decoder.by_layer(params)
+    step = jax.jit(decoder.decode_step, static_argnums=0)
     hidden = np.zeros((b, r + 1, config.d_model))
     hidden[:, 0] = np.asarray(last)[group]
     for t in range(8):
