@@ -186,11 +186,17 @@ def step_metrics(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def init_state(optimizer: optax.GradientTransformation, params: Params) -> optax.OptState:
     """The optimizer's state, its moments laid out over the devices like the parameters, its counters on all of them."""
+    layout = jax.tree.map(lambda x: x.sharding, state_shapes(optimizer, params))
+    return jax.jit(optimizer.init, out_shardings=layout)(params)
+
+
+def state_shapes(optimizer: optax.GradientTransformation, params: Params) -> optax.OptState:
+    """`init_state` as ShapeDtypeStructs; the parameters may be such, too, with shardings."""
     everywhere = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, PartitionSpec())
     like_param = lambda _, p: p.sharding  # noqa: E731
     shapes = jax.eval_shape(optimizer.init, params)
     layout = optax.tree_map_params(optimizer, like_param, shapes, params, transform_non_params=lambda _: everywhere)
-    return jax.jit(optimizer.init, out_shardings=layout)(params)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
 
 
 def make_optimizer(settings: config.Optimizer, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:

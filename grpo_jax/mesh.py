@@ -6,7 +6,8 @@ Three axes: `data` (whole copies of the weights), `fsdp` (weights and optimizer 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +23,9 @@ ROW_AXES = ("data", "fsdp")
 _RULES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ff": "tensor"}
 
 
-def make(sizes: config.Mesh) -> Mesh:
-    """The mesh over all devices. Raises ValueError where the sizes do not multiply to their number."""
-    devices = jax.device_count()
+def make(sizes: config.Mesh, over: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over all devices, or over some. Raises ValueError where the sizes do not multiply to their number."""
+    devices = jax.device_count() if over is None else len(over)
     given = sizes.fsdp * sizes.tensor
     data = sizes.data if sizes.data is not None else max(1, devices // max(1, given))
     if data * given != devices:
@@ -32,7 +33,35 @@ def make(sizes: config.Mesh) -> Mesh:
             f"--mesh.data {data} x --mesh.fsdp {sizes.fsdp} x --mesh.tensor {sizes.tensor} = {data * given}, "
             f"but there are {devices} devices; make the product fit"
         )
-    return jax.make_mesh((data, sizes.fsdp, sizes.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    shape, axes = (data, sizes.fsdp, sizes.tensor), ("data", "fsdp", "tensor")
+    return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * 3, devices=over)
+
+
+# Of a device's memory that the state may take before it is split over more devices: the rest is for what it computes.
+_STATE_SHARE = 0.25
+# Bytes a parameter: float32 weights, Adam's two moments, the gradient's sums, and the reference in bfloat16.
+_STATE_BYTES = 4 + 8 + 4 + 2
+
+
+def default(devices: int, memory: float, model: DecoderConfig) -> config.Mesh:
+    """Sizes for `devices` of `memory` bytes: fsdp as small as holds the state, tensor 1, data the rest.
+
+    Fewer devices that gather weights from each other send the same bytes over shorter ways, and larger parts of a weight
+    suit the devices' tiles better. Where no fsdp holds it, the largest that divides the model is taken.
+    """
+    state = _STATE_BYTES * sum(math.prod(x.shape) for x in jax.tree.leaves(decoder.shapes(model)))
+    fit = [n for n in range(1, devices + 1) if devices % n == 0 and model.d_model % n == 0]
+    fsdp = next((n for n in fit if state / n <= _STATE_SHARE * memory), fit[-1])
+    return config.Mesh(data=devices // fsdp, fsdp=fsdp, tensor=1)
+
+
+def rollout_tensor(devices: int, memory: float, weights: int, model: DecoderConfig) -> int:
+    """Devices of a host over which the sampler's weights (bytes, all copies) are split: as few as leave half the memory.
+
+    Of those numbers that divide the devices, the heads and the key/value heads; the largest where none is enough.
+    """
+    fit = [n for n in range(1, devices + 1) if not (devices % n or model.heads % n or model.kv_heads % n)]
+    return next((n for n in fit if weights / n <= memory / 2), fit[-1])
 
 
 def shardings(mesh: Mesh, model: DecoderConfig) -> Any:
