@@ -77,7 +77,8 @@ def _response_states(model: DecoderConfig, objective: Objective, params: Params,
     kernel = mesh.by_rows(attention.packed, objective.mesh, (model.heads, model.kv_heads))
     attend = lambda q, k, v, _: (kernel(q, k, v, pack.layout), None)  # noqa: E731
     rotations = decoder.rotation(model, pack.positions)
-    x, _ = decoder.hidden(model, params, pack.tokens, rotations, attend, remat=objective.remat)
+    place = functools.partial(mesh.embedded, mesh=objective.mesh)
+    x, _ = decoder.hidden(model, params, pack.tokens, rotations, attend, remat=objective.remat, place=place)
     # The matrix is gathered once, or every chunk of the head would gather it.
     return jnp.take_along_axis(x, pack.source[..., None], axis=1), mesh.gathered(decoder.head(params), objective.mesh)
 

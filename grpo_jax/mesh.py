@@ -108,6 +108,18 @@ def by_rows(f: Callable, mesh: Mesh | None, heads: tuple[int, int]) -> Callable:
     return jax.shard_map(f, mesh=mesh, in_specs=(x, x, x, layout), out_specs=x, check_vma=False)
 
 
+def embedded(x: Array, mesh: Mesh | None) -> Array:
+    """Embeddings [B, T, D] from a table split over `fsdp`, moved to where their rows lie.
+
+    In two steps, the second of which is an exchange within `fsdp`. Where there is `data`, too, XLA knows no way to do both at
+    once but to copy all rows to all devices.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec("data", None, "fsdp")))
+    return jax.lax.with_sharding_constraint(x, rows(mesh))
+
+
 def gathered(weights: Array, mesh: Mesh | None) -> Array:
     """The output matrix [V, D], gathered over `fsdp`."""
     if mesh is None or mesh.size == 1:
