@@ -253,7 +253,8 @@ def draw_up(cfg: TrainConfig, where: Topology, compiled: dict[str, Program], *, 
     _, model = model_of(cfg.model.path)
     everything, local = devices.open_(where)
     if cfg.mesh == config.Mesh():
-        cfg = replace(cfg, mesh=meshes.default(where.count, where.device.memory, model))
+        extents = where.extents if where.device.platform == "tpu" else (where.count,)
+        cfg = replace(cfg, mesh=meshes.default(extents, where.device.memory, model))
     dtype = "bfloat16" if cfg.learner.dtype == "auto" else cfg.learner.dtype
     cfg = replace(cfg, learner=replace(cfg.learner, dtype=dtype))
     mesh = meshes.make(cfg.mesh, everything)
@@ -380,11 +381,11 @@ def prefill_arguments(job: _Job, params: Params) -> tuple:
 
 def decode_arguments(job: _Job, params: Params, sampling: Sampling, limits: Limits, shape: Shape) -> tuple:
     """Of grpo_jax.rollout._decode for a pool of that shape."""
-    unstacked = (
-        lambda x: jax.ShapeDtypeStruct(  # noqa: E731
-            x.shape[1:], x.dtype, sharding=NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[1:]))
-        )
-    )
+
+    def unstacked(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
+
     by_layer = {**params, "layers": (jax.tree.map(unstacked, params["layers"]),) * job.model.layers}
     asked = rollout._Job(job.model, params, sampling, [], None, np.zeros((0, 0, 2), np.uint32), limits, job.host, job.kernel)
     pool = _on(jax.eval_shape(lambda: rollout._empty(asked, shape)), meshes.rows(job.host))

@@ -6,6 +6,7 @@ Three axes: `data` (whole copies of the weights), `fsdp` (weights and optimizer 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,7 +35,13 @@ def make(sizes: config.Mesh, over: Sequence[Any] | None = None) -> Mesh:
             f"but there are {devices} devices; make the product fit"
         )
     shape, axes = (data, sizes.fsdp, sizes.tensor), ("data", "fsdp", "tensor")
-    return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * 3, devices=over)
+    try:
+        return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * 3, devices=over)
+    except NotImplementedError:  # of a TPU slice, whose links run along its axes
+        raise ValueError(
+            f"--mesh.data {data}, --mesh.fsdp {sizes.fsdp}, --mesh.tensor {sizes.tensor} do not lie along the axes of this "
+            "slice: each size must be a product of some of its axes, none used twice"
+        ) from None
 
 
 # Of a device's memory that the state may take before it is split over more devices: the rest is for what it computes.
@@ -43,14 +50,19 @@ _STATE_SHARE = 0.25
 _STATE_BYTES = 4 + 8 + 4 + 2
 
 
-def default(devices: int, memory: float, model: DecoderConfig) -> config.Mesh:
-    """Sizes for `devices` of `memory` bytes: fsdp as small as holds the state, tensor 1, data the rest.
+def default(extents: Sequence[int], memory: float, model: DecoderConfig) -> config.Mesh:
+    """Sizes for devices of `memory` bytes: fsdp as small as holds the state, tensor 1, data the rest.
+
+    `extents` are those of a TPU slice, whose axes a mesh cannot divide; elsewhere (number of devices,), which it can.
 
     Fewer devices that gather weights from each other send the same bytes over shorter ways, and larger parts of a weight
     suit the devices' tiles better. Where no fsdp holds it, the largest that divides the model is taken.
     """
     state = _STATE_BYTES * sum(math.prod(x.shape) for x in jax.tree.leaves(decoder.shapes(model)))
-    fit = [n for n in range(1, devices + 1) if devices % n == 0 and model.d_model % n == 0]
+    devices = math.prod(extents)
+    along = {math.prod(some) for n in range(len(extents) + 1) for some in itertools.combinations(extents, n)}
+    sizes = [n for n in range(1, devices + 1) if devices % n == 0] if len(extents) == 1 else sorted(along)
+    fit = [n for n in sizes if model.d_model % n == 0]
     fsdp = next((n for n in fit if state / n <= _STATE_SHARE * memory), fit[-1])
     return config.Mesh(data=devices // fsdp, fsdp=fsdp, tensor=1)
 
