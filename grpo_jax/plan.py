@@ -85,6 +85,8 @@ def suggest(plan: Plan, compiled: dict[str, Program]) -> tuple[str, Plan] | None
 
 def show(plan: Plan) -> None:
     """The tables of a plan."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    console.note(f"mesh {mesh}; rollout on each host, weights over {plan.tensor} devices; attention by {plan.kernel}")
     memory, gb = plan.memory, lambda n: f"{n / 1e9:,.2f}"
     parts = {"parameters": memory.parameters, "optimizer": memory.optimizer, "reference": memory.reference,
              "gradient sums": memory.gradients, "packs": memory.packs, "rollout weights": memory.rollout_weights,
@@ -108,6 +110,14 @@ def show(plan: Plan) -> None:
         numbers = [f"{x[k]:,.1f}" for k in ("tflops", "memory_gb", "link_gb", "roofline_s", "expected_s")]
         table.add_row(x["phase"], *numbers, x["bound"])
     console.CONSOLE.print(table)
+    rollout, seconds = plan.cfg.rollout, sum(x["expected_s"] for x in plan.phases)
+    console.note(
+        f"a step of {rollout.prompts_per_step} prompts x {rollout.group_size}: about {seconds:.0f} s, if {MFU:.0%} of the "
+        f"FLOP rate, {BANDWIDTH:.0%} of the memory's and {LINK:.0%} of the links' are reached; nothing of this is measured"
+    )
+    for name, program in plan.programs.items():
+        if program.refused:
+            console.warn(f"the compiler refused {name}: its messages are not known, and not in these seconds")
 
 
 def figures(plan: Plan, suggestion: tuple[str, Plan] | None) -> dict[str, Any]:
@@ -126,6 +136,7 @@ def figures(plan: Plan, suggestion: tuple[str, Plan] | None) -> dict[str, Any]:
 
 
 def main() -> None:
+    """The program; see above."""
     words, as_json = [w for w in sys.argv[1:] if w != "--json"], "--json" in sys.argv
     where = None
     for i, word in enumerate(words):
@@ -146,14 +157,7 @@ def main() -> None:
     compiled: dict[str, Program] = {}
     console.header(f"planning {name} on {where}", [("devices", f"{where.count}, {where.local} of each host")])
     plan = draw_up(cfg, where, compiled)
-    sizes = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
-    console.note(f"mesh {sizes}; rollout on each host, weights over {plan.tensor} devices; attention by {plan.kernel}")
     show(plan)
-    seconds = sum(x["expected_s"] for x in plan.phases)
-    console.note(
-        f"a step of {cfg.rollout.prompts_per_step} prompts x {cfg.rollout.group_size}: about {seconds:.0f} s, if {MFU:.0%} of "
-        f"the FLOP rate, {BANDWIDTH:.0%} of the memory's and {LINK:.0%} of the links' are reached; nothing of this is measured"
-    )
     warned = sum(len(p.warnings) for p in plan.programs.values())
     console.note(f"arrays replicated against the partitioner's will: {warned}")
     unbounded = sum(p.traffic.unbounded for p in plan.programs.values())
@@ -167,8 +171,11 @@ def main() -> None:
     else:
         console.note(f"does not fit: {', '.join(plan.failing())}")
         suggestion = suggest(plan, compiled)
-        found = "nothing that was tried fits" if suggestion is None else f"fits, compiled: {suggestion[0]}"
-        console.note(found)
+        if suggestion is None:
+            console.note("nothing that was tried fits")
+        else:
+            show(suggestion[1])
+            console.note(f"fits, compiled: {suggestion[0]}")
     if as_json:
         print(json.dumps(figures(plan, suggestion)))
 

@@ -192,6 +192,40 @@ def test_the_rollout_is_seated_as_it_will_be(monkeypatch):
     assert usage.row_steps == sum(limits.steps * sum(shape.bands) for shape in calls)
 
 
+PROGRAM = """
+import json, sys
+import jax
+from grpo_jax import config, forecast, learner, packing
+from grpo_jax import mesh as meshes
+from models import decoder
+
+if sys.argv[1] == "without":
+    meshes.embedded = lambda x, mesh: x
+mesh = meshes.make(config.Mesh(2, 4, 1))
+model = decoder.DecoderConfig("qwen2", 64, 32, 48, 2, 4, 2, 8, tied=False)
+params = forecast.params_on(mesh, model, "float32")
+pack = packing.pack(forecast.groups_of([20], [[6, 7]]) * 8, 64, 8).packs[0]
+args = model, learner.Objective(mesh=mesh), params, forecast.sums_on(mesh, params), forecast.pack_on(mesh, pack, False)
+program = forecast.compile_("gradient", learner.accumulate, args, [0] * 8, {})
+sizes = sum(map(forecast.shard_bytes, args[2:]))
+print(json.dumps([len(program.warnings), program.arguments / sizes, program.traffic.total, program.traffic.unbounded]))
+"""
+
+
+@pytest.mark.parametrize("how", ["with", "without"])
+def test_what_the_partitioner_replicates_against_its_will_is_counted_and_absent(how):
+    """Eight devices, data 2 x fsdp 4; without the two steps of grpo_jax.mesh.embedded there is something to count."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    words = [sys.executable, "-c", PROGRAM, how]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    warnings, arguments, traffic, unbounded = json.loads(done.stdout.splitlines()[-1])
+    assert (warnings > 0) == (how == "without")
+    assert arguments == pytest.approx(1, abs=0.05)
+    assert traffic > 0 and unbounded == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "preset, topology, package",
