@@ -84,7 +84,7 @@ class Memory:
         return {
             "rollout": always + self.rollout_weights + self.kv_pool + most("prefill", "decode"),
             "reference": always + self.packs + most("reference"),
-            "update": always + self.gradients + self.packs + most("gradient", "optimizer"),
+            "update": always + self.gradients + self.packs + most("gradient", "longest", "optimizer"),
         }
 
 
@@ -99,7 +99,7 @@ class Plan:
     rows: int  # of the rollout, on a host
     programs: dict[str, Program]
     memory: Memory
-    longest_pack: tuple[int, ...]  # tokens, response tokens, cells of attention's rectangles
+    packs: dict[str, tuple[int, ...]]  # by program: tokens, response tokens, cells of attention's rectangles
     phases: list[dict[str, Any]]  # of a step: name, seconds and what they come from
 
     @property
@@ -108,7 +108,7 @@ class Plan:
 
     def failing(self) -> list[str]:
         """What does not fit."""
-        refused = {"gradient": "update", "optimizer": "update", "reference": "reference"}
+        refused = {"gradient": "update", "longest": "update", "optimizer": "update", "reference": "reference"}
         over = [phase for phase, size in self.memory.phases().items() if size > self.limit]
         return over + [p for n, x in self.programs.items() if x.refused and (p := refused.get(n, "rollout")) not in over]
 
@@ -270,12 +270,12 @@ def draw_up(cfg: TrainConfig, where: Topology, compiled: dict[str, Program], *, 
     state, sums = learner.state_shapes(optimizer, params), sums_on(mesh, params)
     with_reference = bool(cfg.loss.kl_coefficient)
     reference = params_on(mesh, model, dtype) if with_reference else {}
-    pack = longest_pack(job)
+    packs = dict(zip(("longest", "gradient"), heaviest_packs(job), strict=True))
     local_params = params_on(host, model, dtype)
     parts = [shard_bytes(x) for x in (params, state, reference, sums)]
     plan = Plan(
         cfg, model, where, dict(mesh.shape), tensor, kernel, 0, {}, Memory(*parts, 0, 0, 0, {}),
-        (*pack.tokens.shape[1:], *pack.source.shape[1:], cells(pack)), [],
+        {n: (*p.tokens.shape[1:], *p.source.shape[1:], cells(p)) for n, p in packs.items()}, [],
     )  # fmt: skip
 
     def add(name: str, program: Program, **parts: int) -> bool:
@@ -285,14 +285,16 @@ def draw_up(cfg: TrainConfig, where: Topology, compiled: dict[str, Program], *, 
         plan = replace(plan, programs={**plan.programs, name: program}, memory=memory)
         return not (hurry and plan.failing())
 
-    placed = pack_on(mesh, pack, with_reference)
-    plan = replace(plan, memory=replace(plan.memory, packs=shard_bytes(placed)))
-    if not add("gradient", job.compile("gradient", learner.accumulate, model, job.objective, params, sums, placed)):
-        return plan
+    for name, pack in packs.items():
+        placed = pack_on(mesh, pack, with_reference)
+        program = job.compile(name, learner.accumulate, model, job.objective, params, sums, placed)
+        if not add(name, program, packs=max(plan.memory.packs, shard_bytes(placed))):
+            return plan
     if not add("optimizer", job.compile("optimizer", learner.apply, optimizer, params, state, sums)):
         return plan
     if with_reference:
-        program = job.compile("reference", learner.logprobs, model, job.objective, reference, pack_on(mesh, pack, False))
+        placed = pack_on(mesh, packs["longest"], False)
+        program = job.compile("reference", learner.logprobs, model, job.objective, reference, placed)
         if not add("reference", program):
             return plan
     free = int(plan.limit - sum(parts[:3]) - _COPIES * shard_bytes(local_params))
@@ -307,13 +309,17 @@ def draw_up(cfg: TrainConfig, where: Topology, compiled: dict[str, Program], *, 
     return replace(plan, phases=times(job, plan, params, sums, local_params, limits, calls, prompts))
 
 
-def longest_pack(job: _Job) -> Pack:
-    """A pack of the shape that takes the most memory: of groups as long as the config allows, or of drawn ones."""
+def heaviest_packs(job: _Job) -> tuple[Pack, Pack]:
+    """Packs of the longest groups that the config allows, and of drawn ones: the compiler says which take more memory.
+
+    The longest have more tokens, the drawn ones more and emptier rectangles where attention is by a fused kernel.
+    """
     cfg, shards = job.cfg, meshes.shards(job.mesh)
     longest = groups_of([cfg.rollout.max_prompt_tokens], [[cfg.rollout.max_response_tokens] * cfg.rollout.group_size])
     of = lambda groups: packing.pack(groups, cfg.learner.tokens_per_microbatch, shards, kernel=job.kernel).packs  # noqa: E731
-    packs = [*of(longest * shards), *of(lengths(cfg)[: cfg.learner.prompts_per_minibatch])]
-    return max(packs, key=lambda pack: (max(cells(pack), pack.tokens.shape[1]), pack.source.shape[1]))
+    weight = lambda pack: (cells(pack) + pack.tokens.shape[1], pack.source.shape[1])  # noqa: E731
+    packs = of(longest * shards), of(lengths(cfg)[: cfg.learner.prompts_per_minibatch])
+    return tuple(max(some, key=weight) for some in packs)
 
 
 def lengths(cfg: TrainConfig) -> list[Group]:

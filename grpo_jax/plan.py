@@ -83,6 +83,9 @@ def suggest(plan: Plan, compiled: dict[str, Program]) -> tuple[str, Plan] | None
 # ---------------------------------------------------------------- what a person sees
 
 
+_SAID = {"longest": "gradient, longest groups", "gradient": "gradient, drawn lengths"}
+
+
 def show(plan: Plan) -> None:
     """The tables of a plan."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
@@ -97,7 +100,7 @@ def show(plan: Plan) -> None:
     for name, size in parts.items():
         table.add_row(name, gb(size))
     for name, size in memory.temporaries.items():
-        table.add_row(f"temporaries of {name}", gb(size))
+        table.add_row(f"temporaries of {_SAID.get(name, name)}", gb(size))
     table.add_section()
     for name, size in memory.phases().items():
         table.add_row(f"peak in {name}", gb(size))
@@ -124,7 +127,7 @@ def figures(plan: Plan, suggestion: tuple[str, Plan] | None) -> dict[str, Any]:
     """All of it as plain JSON."""
     return {
         "topology": str(plan.where), "model": plan.cfg.model.path, "mesh": plan.mesh, "rollout_tensor": plan.tensor,
-        "attention": plan.kernel, "rows": plan.rows, "longest_pack": plan.longest_pack,
+        "attention": plan.kernel, "rows": plan.rows, "packs": plan.packs,
         "memory": asdict(plan.memory), "peaks": plan.memory.phases(), "limit": plan.limit,
         "programs": {n: asdict(p) | {"link_bytes": p.traffic.total} for n, p in plan.programs.items()},
         "phases": plan.phases, "seconds_a_step": sum(x["expected_s"] for x in plan.phases),
