@@ -172,8 +172,9 @@ class Lora:
 class Mesh:
     data: int | None = None
     """Devices that hold whole copies of the weights. Left out: what the other two leave."""
-    fsdp: int = 1
-    """Devices that share the weights and optimizer state and gather them layer by layer."""
+    fsdp: int | None = None
+    """Devices that share the weights and optimizer state and gather them layer by layer. Left out: what `data` and `tensor`
+    leave; 1 where `data` is left out, too; where all three are, as few as keep the state in a quarter of a device's memory."""
     tensor: int = 1
     """Devices that split heads and feed-forward width."""
 

@@ -1,6 +1,7 @@
 """FLOPs: those that a traced program launches, and those that its true tokens need.
 
     count      a jaxpr -> the FLOPs of its matrix products, a scan's body times its length, recomputation included
+    traffic    a jaxpr -> the bytes of these products' operands and results, likewise
     useful     groups -> what their tokens need however they are computed: no padding, no copies, no recomputation
 
 XLA's own `cost_analysis` counts the body of a scan once, and so a model of any depth as one layer; hence the walk. Only
@@ -25,15 +26,27 @@ def count(program: ClosedJaxpr | Jaxpr) -> int:
     Of a `cond` the most expensive branch counts. Raises ValueError for what cannot be counted: products in a
     `while_loop`, whose trips are not known before it runs, and convolutions.
     """
+    return _walk(program, lambda eqn: KERNELS[eqn.primitive.name](eqn))
+
+
+def traffic(program: ClosedJaxpr | Jaxpr) -> int:
+    """Bytes of the operands and results of a program's products and kernels, counted as `count` counts FLOPs.
+
+    A lower estimate of what goes through memory: each is read or written once, and everything elementwise is free.
+    """
+    return _walk(program, lambda eqn: sum(v.aval.size * v.aval.dtype.itemsize for v in (*eqn.invars, *eqn.outvars)))
+
+
+def _walk(program: ClosedJaxpr | Jaxpr, leaf: Callable[[JaxprEqn], int]) -> int:
     jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
-    return sum(_equation(eqn) for eqn in jaxpr.eqns)
+    return sum(_equation(eqn, leaf) for eqn in jaxpr.eqns)
 
 
-def _equation(eqn: JaxprEqn) -> int:
+def _equation(eqn: JaxprEqn, leaf: Callable[[JaxprEqn], int]) -> int:
     name = eqn.primitive.name
     if name in KERNELS:
-        return KERNELS[name](eqn)
-    inner = [count(jaxpr) for jaxpr in jaxprs_in_params(eqn.params)]
+        return leaf(eqn)
+    inner = [_walk(jaxpr, leaf) for jaxpr in jaxprs_in_params(eqn.params)]
     match name:
         case "scan":
             return eqn.params["length"] * sum(inner)

@@ -219,9 +219,12 @@ def compute_dtype(learner: config.Learner) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def attention_kernel(learner: config.Learner, model: DecoderConfig) -> str:
-    """The kernel for packs that `learner.attention` names; raises ValueError where it cannot run."""
-    platform, dtype = jax.default_backend(), compute_dtype(learner)
+def attention_kernel(learner: config.Learner, model: DecoderConfig, platform: str | None = None) -> str:
+    """The kernel for packs that `learner.attention` names; raises ValueError where it cannot run.
+
+    `platform` is "cpu", "gpu" or "tpu"; by default that of this process.
+    """
+    platform, dtype = platform or jax.default_backend(), compute_dtype(learner)
     reasons = {
         "cudnn": "needs an NVIDIA GPU" if platform != "gpu" else "computes in bfloat16 only" if dtype != "bfloat16" else
         f"takes heads of up to 128 in steps of 8, not {model.head_dim}" if model.head_dim > 128 or model.head_dim % 8 else "",

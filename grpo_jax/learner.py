@@ -86,10 +86,10 @@ def _response_states(model: DecoderConfig, objective: Objective, params: Params,
     kernel = mesh.by_rows(attention.packed, objective.mesh, (model.heads, model.kv_heads))
     attend = lambda q, k, v, _: (kernel(q, k, v, pack.layout), None)  # noqa: E731
     rotations = decoder.rotation(model, pack.positions)
-    # Gathered once, or XLA would bring the tokens of all rows together to look them up, and the head each chunk's share.
-    params = {**params, **{name: mesh.gathered(params[name], objective.mesh) for name in ("embed", "head") if name in params}}
-    x, _ = decoder.hidden(model, params, pack.tokens, rotations, attend, remat=objective.remat)
-    return jnp.take_along_axis(x, pack.source[..., None], axis=1), decoder.head(params)
+    place = functools.partial(mesh.embedded, mesh=objective.mesh)
+    x, _ = decoder.hidden(model, params, pack.tokens, rotations, attend, remat=objective.remat, place=place)
+    # The matrix is gathered once, or every chunk of the head would gather it.
+    return jnp.take_along_axis(x, pack.source[..., None], axis=1), mesh.gathered(decoder.head(params), objective.mesh)
 
 
 def _chunk(objective: Objective, pack: Pack) -> int:
@@ -207,11 +207,17 @@ def step_metrics(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def init_state(optimizer: optax.GradientTransformation, params: Params) -> optax.OptState:
     """The optimizer's state, its moments laid out over the devices like the parameters, its counters on all of them."""
+    layout = jax.tree.map(lambda x: x.sharding, state_shapes(optimizer, params))
+    return jax.jit(optimizer.init, out_shardings=layout)(params)
+
+
+def state_shapes(optimizer: optax.GradientTransformation, params: Params) -> optax.OptState:
+    """`init_state` as ShapeDtypeStructs; the parameters may be such, too, with shardings."""
     everywhere = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, PartitionSpec())
     like_param = lambda _, p: p.sharding  # noqa: E731
     shapes = jax.eval_shape(optimizer.init, params)
     layout = optax.tree_map_params(optimizer, like_param, shapes, params, transform_non_params=lambda _: everywhere)
-    return jax.jit(optimizer.init, out_shardings=layout)(params)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
 
 
 def make_optimizer(settings: config.Optimizer, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:

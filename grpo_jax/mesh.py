@@ -11,7 +11,9 @@ Three axes: `data` (whole copies of the weights), `fsdp` (weights and optimizer 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,17 +34,68 @@ ROW_AXES = ("data", "fsdp")
 _RULES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ff": "tensor"}
 
 
-def make(sizes: config.Mesh) -> Mesh:
-    """The mesh over all devices. Raises ValueError where the sizes do not multiply to their number."""
-    devices = jax.device_count()
-    given = sizes.fsdp * sizes.tensor
-    data = sizes.data if sizes.data is not None else max(1, devices // max(1, given))
-    if data * given != devices:
+def make(sizes: config.Mesh, over: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over all devices, or over some. Raises ValueError where the sizes do not multiply to their number."""
+    devices = jax.device_count() if over is None else len(over)
+    rest = lambda *given: max(1, devices // max(1, math.prod(given)))  # noqa: E731
+    fsdp = sizes.fsdp if sizes.fsdp is not None else 1 if sizes.data is None else rest(sizes.data, sizes.tensor)
+    data = sizes.data if sizes.data is not None else rest(fsdp, sizes.tensor)
+    if data * fsdp * sizes.tensor != devices:
         raise ValueError(
-            f"--mesh.data {data} x --mesh.fsdp {sizes.fsdp} x --mesh.tensor {sizes.tensor} = {data * given}, "
+            f"--mesh.data {data} x --mesh.fsdp {fsdp} x --mesh.tensor {sizes.tensor} = {data * fsdp * sizes.tensor}, "
             f"but there are {devices} devices; make the product fit"
         )
-    return jax.make_mesh((data, sizes.fsdp, sizes.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    try:
+        return jax.make_mesh((data, fsdp, sizes.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=over)
+    except NotImplementedError:  # of a TPU slice, whose links run along its axes
+        raise ValueError(
+            f"--mesh.data {data}, --mesh.fsdp {fsdp}, --mesh.tensor {sizes.tensor} do not lie along the axes of this "
+            "slice: each size must be a product of some of its axes, none used twice"
+        ) from None
+
+
+def here() -> tuple[tuple[int, ...], int | None]:
+    """(extents, memory) of the devices that there are, as `chosen` wants them; memory None where they do not tell it."""
+    devices = jax.devices()
+    coordinates = [getattr(device, "coords", None) for device in devices]
+    extents = (len(devices),)
+    if devices[0].platform == "tpu" and None not in coordinates:
+        extents = tuple(len(set(along)) for along in zip(*coordinates, strict=True))
+        extents = extents if math.prod(extents) == len(devices) else (len(devices),)  # several cores a chip
+    return extents, (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def chosen(
+    sizes: config.Mesh, model: DecoderConfig, extents: Sequence[int], memory: float | None, lora: bool = False
+) -> config.Mesh:
+    """The sizes as given; where that is none of them, `default`."""
+    if memory is None or sizes != config.Mesh():
+        return sizes
+    return default(extents, memory, model, _FROZEN_BYTES if lora else _STATE_BYTES)
+
+
+# Of a device's memory that the state may take before it is split over more devices: the rest is for what it computes.
+_STATE_SHARE = 0.25
+# Bytes a parameter: float32 weights, Adam's two moments, the gradient's sums, and the reference in bfloat16.
+_STATE_BYTES = 4 + 8 + 4 + 2
+_FROZEN_BYTES = 2  # with adapters, which themselves are few
+
+
+def default(extents: Sequence[int], memory: float, model: DecoderConfig, bytes_each: int = _STATE_BYTES) -> config.Mesh:
+    """Sizes for devices of `memory` bytes: fsdp as small as holds the state, tensor 1, data the rest.
+
+    `extents` are those of a TPU slice, whose axes a mesh cannot divide; elsewhere (number of devices,), which it can.
+
+    Fewer devices that gather weights from each other send the same bytes over shorter ways, and larger parts of a weight
+    suit the devices' tiles better. Where no fsdp holds it, the largest that divides the model is taken.
+    """
+    state = bytes_each * sum(math.prod(x.shape) for x in jax.tree.leaves(decoder.shapes(model)))
+    devices = math.prod(extents)
+    along = {math.prod(some) for n in range(len(extents) + 1) for some in itertools.combinations(extents, n)}
+    sizes = [n for n in range(1, devices + 1) if devices % n == 0] if len(extents) == 1 else sorted(along)
+    fit = [n for n in sizes if model.d_model % n == 0]
+    fsdp = next((n for n in fit if state / n <= _STATE_SHARE * memory), fit[-1])
+    return config.Mesh(data=devices // fsdp, fsdp=fsdp, tensor=1)
 
 
 def local(tensor: int) -> Mesh:
@@ -169,6 +222,18 @@ def by_rows(f: Callable, mesh: Mesh | None, heads: tuple[int, int]) -> Callable:
     split = "tensor" if all(n % mesh.shape["tensor"] == 0 for n in heads) else None
     x, layout = PartitionSpec(ROW_AXES, None, split), PartitionSpec(ROW_AXES)
     return jax.shard_map(f, mesh=mesh, in_specs=(x, x, x, layout), out_specs=x, check_vma=False)
+
+
+def embedded(x: Array, mesh: Mesh | None) -> Array:
+    """Embeddings [B, T, D] from a table split over `fsdp`, moved to where their rows lie.
+
+    In two steps, the second of which is an exchange within `fsdp`. Where there is `data`, too, XLA knows no way to do both at
+    once but to copy all rows to all devices.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec("data", None, "fsdp")))
+    return jax.lax.with_sharding_constraint(x, rows(mesh))
 
 
 def gathered(weights: Array, mesh: Mesh | None) -> Array:

@@ -143,9 +143,10 @@ def sample(
     which saves a copy of them: see models.decoder.by_layer). Log-probs are of the distribution that was sampled (logits /
     temperature, cut by top-k and top-p where they are on), or, when greedy, of the model's. A prompt that occurs twice gets
     other samples the second time ("attempt" in its key): `attempts` [N], by default counted within the call, are those of a
-    batch of which these prompts are a part. `kernel` is that of learning (grpo_jax.inputs.attention_kernel); prompts take it where it is a fused one. `lengths`
-    [N][G], for benchmarks and tests, imposes the tokens of each response: it is cut there, an end token before does not end
-    it. Raises ValueError for an empty prompt and for a length outside of 1 ... max_response_tokens.
+    batch of which these prompts are a part. `kernel` is that of learning (grpo_jax.inputs.attention_kernel); prompts take it
+    where it is a fused one. `lengths` [N][G], for benchmarks and tests, imposes the tokens of each response: it is cut there,
+    an end token before does not end it. Raises ValueError for an empty prompt and for a length outside of
+    1 ... max_response_tokens.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} is empty: a response needs a token to follow")
@@ -452,10 +453,13 @@ def _resize_prompts(prompts: PromptCache, last: Array, take: Array, width: int) 
 
 def _place(job: _Job, pool: _Pool) -> _Pool:
     """Splits rows and prompts over the mesh, and the heads of caches over `tensor`."""
-    if job.mesh is None:
-        return pool
-    rows, caches = meshes.rows(job.mesh), meshes.caches(job.mesh, job.config.kv_heads)
-    return jax.device_put(pool, jax.tree.map(lambda x: caches if x.ndim == 4 else rows, pool))
+    return pool if job.mesh is None else jax.device_put(pool, places(pool, job.mesh, job.config))
+
+
+def places(pool: _Pool, mesh: Mesh, config: DecoderConfig) -> _Pool:
+    """The sharding of every array of a pool."""
+    rows, caches = meshes.rows(mesh), meshes.caches(mesh, config.kv_heads)
+    return jax.tree.map(lambda x: caches if x.ndim == 4 else rows, pool)
 
 
 # ---------------------------------------------------------------- how many rows

@@ -88,8 +88,8 @@ def prepare(cfg: SftConfig) -> tuple[Mesh, Policy, Tasks]:
             f"--learner.tokens_per_microbatch {cfg.learner.tokens_per_microbatch} is less than "
             f"--batch.max_tokens {cfg.batch.max_tokens}; raise it"
         )
-    device_mesh = mesh.make(cfg.mesh)
     policy = inputs.load_policy(cfg.model.path)
+    device_mesh = mesh.make(mesh.chosen(cfg.mesh, policy.model, *mesh.here(), lora=cfg.lora.rank > 0))
     inputs.check_context(policy, cfg.batch.max_tokens, "--batch.max_tokens")
     tasks = inputs.load_tasks(cfg.data, policy, cfg.batch.max_tokens, cfg.run.seed, cfg.validation.limit, with_target=True)
     return device_mesh, policy, tasks

@@ -115,8 +115,8 @@ def train(cfg: TrainConfig) -> None:
 def prepare(cfg: TrainConfig) -> tuple[Reward, Mesh, Policy, Tasks]:
     """What a run needs besides its weights; whatever a user must mend is refused here, before anything is compiled."""
     score_group = check(cfg)
-    device_mesh = mesh.make(cfg.mesh)
     policy = inputs.load_policy(cfg.model.path)
+    device_mesh = mesh.make(mesh.chosen(cfg.mesh, policy.model, *mesh.here(), lora=cfg.lora.rank > 0))
     longest = cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
     inputs.check_context(policy, longest, "--rollout.max_prompt_tokens and --rollout.max_response_tokens")
     tasks = inputs.load_tasks(cfg.data, policy, cfg.rollout.max_prompt_tokens, cfg.run.seed, cfg.validation.limit)

@@ -403,6 +403,7 @@ def hidden(
     caches: Any = None,
     *,
     remat: str = "none",
+    place: Callable[[Array], Array] = lambda x: x,
 ) -> tuple[Array, Any]:
     """Runs the layers. tokens [...] int32, `rotation` of their positions -> (hidden states [..., D] after the last norm, outs).
 
@@ -410,10 +411,10 @@ def hidden(
     is handed over layer by layer, the `out`s come back stacked; or, where the parameters are `by_layer`, both are tuples
     over the layers. `remat` says what of a layer the backward pass finds kept: everything ("none"), its products with
     weights and the output of its attention ("elementwise" parts are computed again), its input and the output of its
-    attention ("attention"), or its input alone ("full").
+    attention ("attention"), or its input alone ("full"). `place` says where the embeddings [..., D] of the tokens lie.
     """
     block, norm = _block_and_norm(config)
-    x, layers = params["embed"][tokens], params["layers"]
+    x, layers = place(params["embed"][tokens]), params["layers"]
 
     def layer(x, given):
         weights, cache = given

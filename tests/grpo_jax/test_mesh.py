@@ -147,6 +147,7 @@ def test_make_takes_the_devices_that_there_are():
     made = mesh.make(config.Mesh())
     assert dict(made.shape) == {"data": devices, "fsdp": 1, "tensor": 1}
     assert dict(mesh.make(config.Mesh(data=1, fsdp=devices)).shape) == {"data": 1, "fsdp": devices, "tensor": 1}
+    assert dict(mesh.make(config.Mesh(data=1)).shape) == {"data": 1, "fsdp": devices, "tensor": 1}
 
 
 @pytest.mark.parametrize("sizes", [config.Mesh(data=3, fsdp=5, tensor=7), config.Mesh(fsdp=1024), config.Mesh(fsdp=0)])
