@@ -131,7 +131,8 @@ def pack(
         order = sorted(range(len(rows)), key=lambda i: -len(layouts[i].steps))  # like beside like
     else:
         widths = _rectangles(rows)
-        layouts, order = [_rows(row, t, widths, kernel) for row in rows], range(len(rows))
+        copies = max(len(group.responses) for group in parts)
+        layouts, order = [_rows(row, t, widths, copies, kernel) for row in rows], range(len(rows))
     packs, launched_cells = [], 0
     for i in range(0, len(rows), shards):
         some = [(rows[j], layouts[j]) for j in order[i : i + shards]]
@@ -142,7 +143,7 @@ def pack(
             some = [(row, _with_steps(layout, most)) for row, layout in some]
             launched_cells += shards * most * _KEY_TILES * math.prod(tile)
         else:
-            launched_cells += shards * sum(n * g * s * (s + 1) // 2 for s, (n, g) in widths.items())
+            launched_cells += shards * sum(n * s * (s + 1) // 2 for s, n in widths.items())
         packs.append(jax.tree.map(lambda *x: np.stack(x), *(_row(row, layout, t, m) for row, layout in some)))
     return Packed(
         packs,
@@ -205,38 +206,45 @@ def _with_steps(layout: Tiles, most: int) -> Tiles:
     return replace(layout, steps=np.pad(layout.steps, ((0, more), (0, 0)), constant_values=-1))
 
 
-def _width(group: Group) -> int:
-    """A multiple of 128, as splash wants it; powers of two, as each width is a call of the kernel."""
-    return max(128, bucket(len(group.prompt) + max(map(len, group.responses), default=0), 1))
+def _widths(group: Group) -> list[int]:
+    """Of the rows [prompt | response]: multiples of 128, as splash wants it; powers of two, as each is a call of the kernel."""
+    return [max(128, bucket(len(group.prompt) + len(response), 1)) for response in group.responses]
 
 
-def _rectangles(rows: Sequence[Sequence[Group]]) -> dict[int, tuple[int, int]]:
-    """S -> (N, G) of the rectangles that hold any of the flat rows."""
-    counts = [Counter(map(_width, row)) for row in rows]
-    widths = sorted({width for count in counts for width in count})
-    responses = {s: max(len(g.responses) for row in rows for g in row if _width(g) == s) for s in widths}
-    return {s: (bucket(max(count[s] for count in counts), 2), responses[s]) for s in widths}
+def _rectangles(rows: Sequence[Sequence[Group]]) -> dict[int, int]:
+    """S -> N of the rectangles that hold the rows of any flat row, the widest first.
+
+    A row may lie in a wider rectangle than its own: so there are as many places of at least a width as the flat row with
+    most rows of that width needs, and not the sum of what different flat rows need of each.
+    """
+    needs = [Counter(width for group in row for width in _widths(group)) for row in rows]
+    rectangles, places = {}, 0
+    for s in sorted({width for need in needs for width in need}, reverse=True):
+        most = bucket(max(sum(count for width, count in need.items() if width >= s) for need in needs), 2)
+        if most > places:
+            rectangles[s], places = most - places, most
+    return rectangles
 
 
-def _rows(groups: Sequence[Group], t: int, rectangles: dict[int, tuple[int, int]], kernel: str) -> Rows:
-    token = {s: np.full((n, g, s), t, np.int32) for s, (n, g) in rectangles.items()}
-    length = {s: np.zeros((n, g), np.int32) for s, (n, g) in rectangles.items()}
+def _rows(groups: Sequence[Group], t: int, rectangles: dict[int, int], copies: int, kernel: str) -> Rows:
+    """One flat row's, with room for so many `copies` of a token."""
+    token = {s: np.full((n, s), t, np.int32) for s, n in rectangles.items()}
+    length = {s: np.zeros(n, np.int32) for s, n in rectangles.items()}
     begins = dict(zip(rectangles, np.cumsum([0, *(x.size for x in token.values())]).tolist(), strict=False))
-    cell = np.full(t, sum(x.size for x in token.values()), np.int32)
-    copies, step = np.zeros(t, np.int32), np.zeros(t, np.int32)
-    used = Counter()
-    for group, (prompt, responses) in zip(groups, _places(groups), strict=True):
-        s, size = _width(group), len(group.prompt)
-        i, (_, g) = used[s], rectangles[s]
-        used[s] += 1
-        begin = begins[s] + i * g * s
-        cell[prompt], copies[prompt], step[prompt] = begin + np.arange(size), len(responses), s
-        for j, own in enumerate(responses):
-            row = token[s][i, j]
-            row[:size], row[size : size + own.stop - own.start] = np.r_[prompt], np.r_[own]
-            length[s][i, j] = size + own.stop - own.start
-            cell[own], copies[own] = begin + j * s + size + np.arange(own.stop - own.start), 1
-    return Rows(tuple(token.values()), tuple(length.values()), cell, copies, step, kernel)
+    cells = np.full((t, copies), sum(x.size for x in token.values()), np.int32)
+    free = ((s, i) for s, n in rectangles.items() for i in range(n))
+    every = [
+        (width, prompt, own, j)
+        for group, (prompt, responses) in zip(groups, _places(groups), strict=True)
+        for j, (width, own) in enumerate(zip(_widths(group), responses, strict=True))
+    ]
+    for _, prompt, own, j in sorted(every, key=lambda one: -one[0]):  # the widest first
+        s, i = next(free)
+        size, end = prompt.stop - prompt.start, prompt.stop - prompt.start + own.stop - own.start
+        begin = begins[s] + i * s
+        token[s][i, :size], token[s][i, size:end], length[s][i] = np.r_[prompt], np.r_[own], end
+        cells[prompt, j], cells[own, 0] = begin + np.arange(size), begin + np.arange(size, end)
+    return Rows(tuple(token.values()), tuple(length.values()), cells, kernel)
 
 
 def place(pack: Pack, sharding: jax.sharding.Sharding | None) -> Pack:

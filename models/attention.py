@@ -51,15 +51,15 @@ class Tiles:
 class Rows:
     """A pack for kernels that know plain causal sequences only: rows [prompt | one response], in rectangles.
 
-    The groups of a flat row are sorted by the width S of their longest row into a few rectangles of N groups and G rows
-    each. Cells are counted through all rectangles of a flat row, in order.
+    The rows of a flat row lie in a few rectangles of N rows of S cells. Cells are counted through all rectangles of a flat
+    row, in order.
     """
 
-    token: tuple[Array, ...]  # int32 [B, N, G, S] each: the token of each cell; T where there is none
-    length: tuple[Array, ...]  # int32 [B, N, G] each: tokens of each row
-    cell: Array  # int32 [B, T]  the (first) cell of each token; beyond the last for padding
-    copies: Array  # int32 [B, T]  cells that hold the token: a prompt's stands in every row of its group
-    step: Array  # int32 [B, T]  from one of them to the next
+    token: tuple[Array, ...]  # int32 [B, N, S] each: the token of each cell; T where there is none
+    length: tuple[Array, ...]  # int32 [B, N] each: tokens of each row
+    cells: (
+        Array  # int32 [B, T, G]  the cells of each token, of a prompt one in each row of its group; beyond the last: none
+    )
     kernel: str = field(metadata={"static": True})  # "cudnn", "splash", or "plain": XLA, the reference in tests
 
 
@@ -281,10 +281,10 @@ def _in_rows(q: Array, k: Array, v: Array, layout: Rows) -> Array:
     rectangles = [token.shape[1:] for token in layout.token]
     cells = [spread(x, layout) for x in (q, k, v)]
     parts, begin = [], 0
-    for (n, g, s), length in zip(rectangles, layout.length, strict=True):
-        rows = [x[:, begin : begin + n * g * s].reshape(-1, s, *x.shape[2:]) for x in cells]
-        parts.append(in_rows(*rows, length.reshape(-1), layout.kernel).reshape(len(q), n * g * s, *q.shape[2:]))
-        begin += n * g * s
+    for (n, s), length in zip(rectangles, layout.length, strict=True):
+        rows = [x[:, begin : begin + n * s].reshape(-1, s, *x.shape[2:]) for x in cells]
+        parts.append(in_rows(*rows, length.reshape(-1), layout.kernel).reshape(len(q), n * s, *q.shape[2:]))
+        begin += n * s
     return jax.vmap(_collect)(jnp.concatenate(parts, 1), layout)
 
 
@@ -308,9 +308,8 @@ def _spread(x: Array, layout: Rows) -> Array:
 
 
 def _spread_backward(layout: Rows, dcells: Array) -> tuple[Array, None]:
-    most = max(token.shape[1] for token in layout.token)
-    cells = [jnp.where(i < layout.copies, layout.cell + i * layout.step, len(dcells)) for i in range(most)]
-    return sum(_take(dcells, cell).astype(wide(dcells.dtype)) for cell in cells).astype(dcells.dtype), None
+    copies = (_take(dcells, cell).astype(wide(dcells.dtype)) for cell in layout.cells.T)
+    return sum(copies).astype(dcells.dtype), None
 
 
 _spread.defvjp(lambda x, layout: (_spread(x, layout), layout), _spread_backward)
@@ -319,12 +318,12 @@ _spread.defvjp(lambda x, layout: (_spread(x, layout), layout), _spread_backward)
 @jax.custom_vjp
 def _collect(cells: Array, layout: Rows) -> Array:
     """Cells -> one flat row [T, ...]; of a prompt's copies the first is taken, so only that one gets a gradient."""
-    return _take(cells, layout.cell)
+    return _take(cells, layout.cells[:, 0])
 
 
 def _collect_backward(layout: Rows, dx: Array) -> tuple[Array, None]:
     token = _tokens(layout)
-    is_first = _take(layout.cell, token) == jnp.arange(len(token))
+    is_first = _take(layout.cells[:, 0], token) == jnp.arange(len(token))
     return _take(dx, jnp.where(is_first, token, len(dx))), None
 
 

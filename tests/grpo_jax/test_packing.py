@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data import lengths
+from grpo_jax import packing
 from grpo_jax.group import Group
 from grpo_jax.packing import bucket, pack, split
 
@@ -310,3 +311,20 @@ def test_padding_on_lengths_like_real_ones():
     print(f"{len(packed.packs)} packs of {len(set(map(shape, packed.packs)))} shapes, tokens {tokens:.3f}, cells {cells:.3f}")
     assert 0 < tokens < 0.08 and 0 < cells < 0.30
     assert len(set(map(shape, packed.packs))) <= 6
+
+
+def test_rows_lie_in_rectangles_that_another_flat_row_needs():
+    """As many places of at least a width as the flat row with most such rows needs; two counts a power of two."""
+    groups = make([(300, [10, 10]), (100, [10] * 5), (100, [100, 300])])  # widths 512 512; 128 x 5; 256 512
+    rows = [[group] for group in groups]
+    assert packing._rectangles(rows) == {512: 2, 128: 4}  # 5 rows: 6 places
+    assert packing._rectangles(rows[1:]) == {512: 1, 256: 1, 128: 4}
+    assert packing._rectangles(rows[1:2]) == {128: 6}
+    packed = pack(groups, 600, 3, kernel="plain")
+    ((wide, narrow),) = [one.layout.length for one in packed.packs]
+    assert sorted(map(tuple, np.concatenate([wide, narrow], 1).tolist())) == [
+        (110, 110, 110, 110, 110, 0),
+        (310, 310, 0, 0, 0, 0),
+        (400, 200, 0, 0, 0, 0),
+    ]
+    assert packed.launched_cells == 3 * (2 * 512 * 513 + 4 * 128 * 129) // 2

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-import numpy as np
 import optax
 import pytest
 
