@@ -140,9 +140,10 @@ class Learner:
     tokens_per_microbatch: int = 30720
     """Tokens a device computes at once, prompts counted once a group. Lower it if memory runs out in learning: the result
     stays the same. (The rows that attention by cudnn or splash gathers inside hold copies of the prompts beside that.)"""
-    remat: Literal["none", "elementwise", "attention", "full"] = "attention"
+    remat: Literal["auto", "none", "elementwise", "attention", "full"] = "auto"
     """What the backward pass computes again: nothing (most memory); the elementwise parts of a layer (somewhat
-    less); all of a layer but its attention (much less); or all of it (least memory)."""
+    less); all of a layer but its attention (much less); or all of it (least memory). auto: attention where that is by
+    tiles, full where it is by a fused kernel, whose output holds each prompt once a response."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; master weights are float32. auto: float32 on CPU, bfloat16 on accelerators."""
     attention: Literal["auto", "tiles", "cudnn", "splash"] = "auto"
@@ -424,7 +425,7 @@ def _one_line(box: str) -> str:
 
 
 _OUT_OF_MEMORY = (
-    "the device is out of memory: halve --learner.tokens_per_microbatch, then take --learner.remat full, if it was learning; "
+    "the device is out of memory: take --learner.remat full, then halve --learner.tokens_per_microbatch, if it was learning; "
     "halve --rollout.rows if it was sampling; the run resumes from its last checkpoint"
 )
 

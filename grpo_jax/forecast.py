@@ -262,7 +262,7 @@ class _Job:
 
     @property
     def objective(self) -> learner.Objective:
-        return train.objective_of(self.cfg, self.mesh)
+        return train.objective_of(self.cfg, self.mesh, self.model, self.where.device.platform)
 
 
 def draw_up(cfg: TrainConfig, where: Topology, compiled: dict[str, Program], *, hurry: bool = False) -> Plan:

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from rich.table import Table
 
-from grpo_jax import config, console, devices
+from grpo_jax import config, console, devices, inputs
 from grpo_jax.config import TrainConfig
 from grpo_jax.forecast import BANDWIDTH, LINK, MFU, USABLE, Plan, Program, draw_up, model_of
 from models import decoder
@@ -48,7 +48,7 @@ def changes(plan: Plan) -> Iterator[tuple[str, TrainConfig]]:
             cfg = replace(cfg, learner=replace(cfg.learner, tokens_per_microbatch=tokens))
             said = [*before, f"--learner.tokens_per_microbatch {tokens}"]
             yield " ".join(said), cfg
-        if cfg.learner.remat != "full":
+        if inputs.remat(cfg.learner, plan.kernel) != "full":
             cfg = replace(cfg, learner=replace(cfg.learner, remat="full"))
             said.append("--learner.remat full")
             yield " ".join(said), cfg
@@ -64,9 +64,9 @@ def changes(plan: Plan) -> Iterator[tuple[str, TrainConfig]]:
         cfg = replace(plan.cfg, lora=replace(plan.cfg.lora, rank=16))
         said = ["--lora.rank 16"]
         yield said[0], cfg
-        if cfg.learner.remat != "full":
-            cfg = replace(cfg, learner=replace(cfg.learner, remat="full", tokens_per_microbatch=_least(cfg)))
-            said.append(f"--learner.remat full --learner.tokens_per_microbatch {_least(cfg)}")
+        if cfg.learner.tokens_per_microbatch > _least(cfg):
+            cfg = replace(cfg, learner=replace(cfg.learner, tokens_per_microbatch=_least(cfg)))
+            said.append(f"--learner.tokens_per_microbatch {_least(cfg)}")
             yield " ".join(said), cfg
     names = [name for name, size in decoder.SIZES.items() if size.architecture == model.architecture]
     sizes = {name: sum(math.prod(x.shape) for x in jax.tree.leaves(decoder.shapes(decoder.SIZES[name]))) for name in names}

@@ -27,8 +27,9 @@ def sft(cfg: SftConfig) -> None:
     hosts.start(cfg.hosts)
     device_mesh, policy, tasks = hosts.together(lambda: prepare(cfg))
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.batch.rows_per_step)
+    remat = inputs.remat(cfg.learner, inputs.attention_kernel(cfg.learner, policy.model))
     objective = Objective(
-        "cross_entropy", dtype=inputs.compute_dtype(cfg.learner), remat=cfg.learner.remat, mesh=device_mesh,
+        "cross_entropy", dtype=inputs.compute_dtype(cfg.learner), remat=remat, mesh=device_mesh,
         lora=inputs.adapters(cfg.lora),
     )  # fmt: skip
     without = [task for task in tasks.train if not {"reasoning", "response"} & task.example.extra.keys()]

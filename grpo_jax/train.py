@@ -51,7 +51,7 @@ from grpo_jax.run import (
     watch,
     weights,
 )  # fmt: skip
-from models.decoder import Params
+from models.decoder import DecoderConfig, Params
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def train(cfg: TrainConfig) -> None:
     score_group, device_mesh, policy, tasks = hosts.together(lambda: prepare(cfg))
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.rollout.prompts_per_step)
     introduce(cfg, policy, tasks, steps, device_mesh)
+    objective = objective_of(cfg, device_mesh, policy.model)
     run = open_run(
-        cfg, "grpo_jax.train", policy, tasks, objective_of(cfg, device_mesh), steps * minibatches(cfg), device_mesh,
-        cfg.rollout.tensor,
+        cfg, "grpo_jax.train", policy, tasks, objective, steps * minibatches(cfg), device_mesh, cfg.rollout.tensor
     )  # fmt: skip
     sampling = sampling_of(cfg.rollout, run)
     with guarded(run), Progress(steps, run.step) as show:
@@ -166,10 +166,12 @@ def sampling_of(settings: config.Rollout, run: Run) -> Sampling:
     return sampling
 
 
-def objective_of(cfg: TrainConfig, device_mesh: Mesh) -> Objective:
+def objective_of(cfg: TrainConfig, device_mesh: Mesh, model: DecoderConfig, platform: str | None = None) -> Objective:
+    """`platform` as in grpo_jax.inputs.attention_kernel."""
+    remat = inputs.remat(cfg.learner, inputs.attention_kernel(cfg.learner, model, platform))
     return Objective(
         "grpo", cfg.rollout.temperature, cfg.loss.clip_low, cfg.loss.clip_high, cfg.loss.kl_coefficient, cfg.loss.kl_kind,
-        cfg.loss.entropy_coefficient, inputs.compute_dtype(cfg.learner), cfg.learner.remat, mesh=device_mesh,
+        cfg.loss.entropy_coefficient, inputs.compute_dtype(cfg.learner), remat, mesh=device_mesh,
         lora=inputs.adapters(cfg.lora),
     )  # fmt: skip
 

@@ -57,9 +57,7 @@ class Rows:
 
     token: tuple[Array, ...]  # int32 [B, N, S] each: the token of each cell; T where there is none
     length: tuple[Array, ...]  # int32 [B, N] each: tokens of each row
-    cells: (
-        Array  # int32 [B, T, G]  the cells of each token, of a prompt one in each row of its group; beyond the last: none
-    )
+    cells: Array  # int32 [B, T, G]  the cells of each token, of a prompt one in each row of its group; beyond the last: none
     kernel: str = field(metadata={"static": True})  # "cudnn", "splash", or "plain": XLA, the reference in tests
 
 

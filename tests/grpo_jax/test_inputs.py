@@ -121,6 +121,12 @@ def test_a_tokenizer_that_is_larger_than_the_vocabulary_is_refused(tiny_model, t
         inputs.load_policy(str(tmp_path / "model"))
 
 
+def test_remat_follows_the_kernel_unless_it_is_given():
+    kinds = {kernel: inputs.remat(config.Learner(), kernel) for kernel in ("tiles", "cudnn", "splash")}
+    assert kinds == {"tiles": "attention", "cudnn": "full", "splash": "full"}
+    assert inputs.remat(config.Learner(remat="attention"), "cudnn") == "attention"
+
+
 def test_more_tokens_than_the_model_was_made_for_are_refused(policy):
     inputs.check_context(policy, policy.model.max_positions, "--these")
     with pytest.raises(ValueError, match="--these allow 1,025 tokens; .* is made for 1,024; lower them"):
