@@ -124,6 +124,8 @@ class Checkpoints:
         about and, once an older one is found whole, renamed to damaged-STEP. Raises ValueError where all are damaged.
         """
         steps = sorted((int(p.name) for p in self._folder.glob("*") if p.name.isdigit()), reverse=True)
+        steps = hosts.gather(steps)[0][0]  # as the first host sees the folder
+        hosts.together(lambda: [hosts.wait_for(self._folder / str(step)) for step in steps])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         damaged: list[tuple[int, str]] = []
         _silence_unfinished_reads()

@@ -289,7 +289,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
     """("field: old -> new" of identity fields, the same of operational ones) between two configs as plain JSON."""
-    old, new = _flat(before), _flat(now)
+    old, new = flat(before), flat(now)
     identity, operational = [], []
     for name in dict.fromkeys([*old, *new]):
         if old.get(name) != new.get(name):
@@ -307,11 +307,12 @@ def check_numbers(config: Any) -> None:
                 raise ValueError(f"--{name} {value}: give a number from {least} on")
 
 
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config as plain JSON, field by field: "section.field" -> value."""
+    found: dict[str, Any] = {}
     for name, value in nested.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 # ---------------------------------------------------------------- presets
@@ -385,7 +386,7 @@ def parse(kind: type[Config], program: str, argv: Sequence[str]) -> Config:
     name = words.pop(0) if words and not words[0].startswith("-") else "demo"
     if name not in presets:
         raise ValueError(f"unknown preset {name!r}: did you mean {_nearest(name, presets)!r}? Known: {', '.join(presets)}")
-    known = [f"--{field}" for field in _flat(to_dict(kind()))]
+    known = [f"--{field}" for field in flat(to_dict(kind()))]
     for word in words:
         option = word.split("=")[0].replace("_", "-")
         spelled = [k.replace("_", "-") for k in known]

@@ -99,7 +99,7 @@ class Topology:
 
 def parse(text: str) -> Topology:
     """Reads `v5e:8x8`, `v5p:4x4x4`, `h100:8` or `h100:4x8` (hosts x GPUs). Raises ValueError, in one line."""
-    name, _, extents = text.partition(":")
+    name, _, extents = text.lower().partition(":")
     if name not in DEVICES:
         raise ValueError(f"--topology {text}: unknown device {name!r}; known are {', '.join(DEVICES)}")
     device = DEVICES[name]

@@ -94,7 +94,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    cfg: TrainConfig
+    asked: TrainConfig  # what was asked for
+    cfg: TrainConfig  # ... with what follows from it: mesh and dtype
     model: DecoderConfig
     where: Topology
     mesh: dict[str, int]
@@ -265,27 +266,35 @@ class _Job:
         return train.objective_of(self.cfg, self.mesh, self.model, self.where.device.platform)
 
 
+def told(where: Topology) -> int:
+    """What jax will say that a device's memory is: of a GPU with XLA_PYTHON_CLIENT_MEM_FRACTION at USABLE."""
+    return int(where.device.memory * (USABLE if where.device.platform == "gpu" else 1))
+
+
 def draw_up(cfg: TrainConfig, where: Topology, compiled: dict[str, Program], *, hurry: bool = False) -> Plan:
     """The plan of a config on a machine. In a hurry, it ends with the first program that does not fit.
 
     Raises ValueError for a mesh or an option that does not suit the model or the machine, before anything is compiled.
     """
-    config.check_numbers(cfg)
-    _, model = model_of(cfg.model.path)
-    everything, local = devices.open_(where)
+    asked, (_, model) = cfg, model_of(cfg.model.path)
+    train.check_options(cfg)
     extents = where.extents if where.device.platform == "tpu" else (where.count,)
     settings = inputs.adapters(cfg.lora)
-    cfg = replace(cfg, mesh=meshes.chosen(cfg.mesh, model, extents, where.device.memory, lora=settings is not None))
+    cfg = replace(cfg, mesh=meshes.chosen(cfg.mesh, model, extents, told(where), lora=settings is not None))
     longest = cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
     if longest > model.max_positions:
         raise ValueError(f"{longest:,} tokens of prompt and response; {cfg.model.path} is made for {model.max_positions:,}")
+    everything, local = devices.open_(where)
     dtype = "bfloat16" if cfg.learner.dtype == "auto" else cfg.learner.dtype
     cfg = replace(cfg, learner=replace(cfg.learner, dtype=dtype))
     mesh = meshes.make(cfg.mesh, everything)
     frozen = None if settings is None else params_on(mesh, model, dtype)
     params = params_on(mesh, model, "float32") if settings is None else adapters_on(mesh, model, settings)
-    tensor = cfg.rollout.tensor or meshes.rollout_tensor(model, dtype, where.local, int(where.device.memory))
+    tensor = cfg.rollout.tensor or meshes.rollout_tensor(model, dtype, where.local, told(where))
+    if where.local % tensor:
+        raise ValueError(f"--rollout.tensor {tensor} does not divide the {where.local} devices of a host")
     host = meshes.make(config.Mesh(data=where.local // tensor, fsdp=1, tensor=tensor), local)
+    meshes.shardings(host, model, section="rollout")  # refuses what it does not divide
     kernel = inputs.attention_kernel(cfg.learner, model, where.device.platform)
     job = _Job(cfg, model, where, mesh, host, kernel, compiled)
 
@@ -297,7 +306,7 @@ def draw_up(cfg: TrainConfig, where: Topology, compiled: dict[str, Program], *, 
     local_params = by_layer(params_on(host, model, dtype), model.layers)
     parts = [shard_bytes(x) for x in (params, frozen, state, reference, sums)]
     plan = Plan(
-        cfg, model, where, dict(mesh.shape), tensor, kernel, 0, {}, Memory(*parts, 0, 0, 0, {}, cfg.learner.offload),
+        asked, cfg, model, where, dict(mesh.shape), tensor, kernel, 0, {}, Memory(*parts, 0, 0, 0, {}, cfg.learner.offload),
         {n: (*p.tokens.shape[1:], *p.source.shape[1:], cells(p)) for n, p in packs.items()}, [],
     )  # fmt: skip
 

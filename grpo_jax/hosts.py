@@ -4,6 +4,7 @@
     share       which items of a batch are this host's, and `whole`, the batch again from the shares of all
     gather      what every host has to say, on every host
     together    one function on every host; the error of one is the error of all
+    agree       what must be the same on all of them
     Stop        a wish to stop (SIGTERM, SIGINT) on one host, known to all
 
 The learner is one program over all devices. Sampling and rewards are each host's own; in between, the hosts give each other
@@ -21,8 +22,10 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -32,6 +35,7 @@ from grpo_jax import config, console
 
 HEARTBEAT = 30  # seconds; JAX's own 100 would let a job of many GPUs wait for as long
 STOPPED = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h
+_PATIENCE = 300  # seconds that hosts wait for each other at the start
 _CHUNK = 2**25  # bytes that a host gives the others at a time: they pass through the memory of its devices
 _STOP = "grpo_jax/stop"  # a folder in the store of JAX's runtime
 
@@ -54,11 +58,17 @@ def start(settings: config.Hosts) -> None:
     if settings.launcher == "none" or (settings.launcher == "auto" and not given and tasks is None and not _tpu_pod()):
         return
     count, index = settings.count, settings.index
+    where = f" at {settings.coordinator}" if settings.coordinator else ""
     if given == {"coordinator"} and tasks and "OMPI_COMM_WORLD_RANK" in os.environ:  # Open MPI 5 says the rest
         count, index = tasks[0], int(os.environ["OMPI_COMM_WORLD_RANK"])
     elif given and given != set(flags):
         missing = ", ".join(f"--hosts.{name}" for name in flags if name not in given)
         raise ValueError(f"{missing} missing: several hosts need --hosts.coordinator, --hosts.count and --hosts.index")
+    if settings.coordinator and not settings.coordinator.rpartition(":")[2].isdigit():
+        raise ValueError(f"--hosts.coordinator {settings.coordinator}: add the port, as in {settings.coordinator}:1234")
+    if count is not None and not index < count:
+        raise ValueError(f"--hosts.index {index}: with --hosts.count {count} it is one of 0 ... {count - 1}")
+    print(f"waiting for the other hosts{where}, up to {_PATIENCE} s", file=sys.stderr, flush=True)
     # JAX's own service for preemptions would take SIGTERM away from `Stop`.
     jax.config.update("jax_enable_preemption_service", False)
     # Left to itself under Slurm or Open MPI, JAX takes one device for each process: here a process has all of its host.
@@ -66,10 +76,9 @@ def start(settings: config.Hosts) -> None:
     try:
         jax.distributed.initialize(
             settings.coordinator, count, index, [] if alone else None,
-            heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT,
+            initialization_timeout=_PATIENCE, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
-        where = f" at {settings.coordinator}" if settings.coordinator else ""
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"the hosts did not find each other{where} ({why}); see docs/scale.md") from error
     counts = {process: 0 for process in range(jax.process_count())}
@@ -153,15 +162,44 @@ def together(f: Callable[[], Result]) -> Result:
     except (ValueError, OSError) as error:
         problem = error
     told = [text for text, _ in gather(None if problem is None else str(problem) or type(problem).__name__)]
-    if all(text is None for text in told):
-        return result
+    if any(text is not None for text in told):
+        _end(problem or ValueError("; ".join(f"host {i}: {text}" for i, text in enumerate(told) if text is not None)))
+    return result
+
+
+def agree(what: Callable[[], dict[str, str]]) -> None:
+    """Ends the run, with the first host saying which, where hosts do not have the same under one of the names of `what`()."""
+    if jax.process_count() == 1:
+        return
+    told = [values for values, _ in gather(what())]
+    for name in told[0]:
+        if len({values[name] for values in told}) > 1:
+            which = ", ".join(values[name] for values in told)
+            _end(ValueError(f"hosts differ in {name} ({which}); give all of them the same"))
+
+
+def _end(problem: Exception) -> NoReturn:
+    """Raises the error on the first host and exits on the others, all of them being here."""
     first = is_main()
-    jax.distributed.shutdown()  # in order, while all are here
+    jax.distributed.shutdown()  # in order, or each would wait for the others at its exit
     if not first:
         sys.exit(2)
-    if problem is not None:
-        raise problem
-    raise ValueError("; ".join(f"host {i}: {text}" for i, text in enumerate(told) if text is not None))
+    raise problem
+
+
+def wait_for(path: Path, seconds: int = 60) -> None:
+    """Waits for what another host has written, as long as a network file system may take to show it; else ValueError."""
+    began = time.monotonic()
+    while not path.exists():
+        if time.monotonic() - began > seconds:
+            raise ValueError(f"{path} is not seen here, but by the first host; give a --run.dir that all hosts share")
+        time.sleep(0.5)
+
+
+def memory() -> int | None:
+    """Bytes that a device may use, the least of all hosts; None where one does not tell it, as a CPU."""
+    told = [limit for limit, _ in gather((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"))]
+    return None if None in told else min(told)
 
 
 # ---------------------------------------------------------------- a wish to stop
@@ -174,13 +212,12 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked, self._say = False, ""  # said by `asked`: a handler may stand within another line's printing
         self._before = {one: signal.signal(one, self._take) for one in (signal.SIGTERM, signal.SIGINT)}
 
     def _take(self, number: int, _frame: Any) -> None:
         self.release()  # a second signal is not waited for
-        self._asked = True
-        console.warn(f"{signal.Signals(number).name}: stopping, to be resumed by the same command; once more to end at once")
+        self._asked, self._say = True, f"{signal.Signals(number).name}: stopping, to be resumed by the same command"
 
     def release(self) -> None:
         """Gives the signals back to those who had them."""
@@ -190,13 +227,15 @@ class Stop:
     def asked(self) -> bool:
         """Whether this host was asked, or heard that another was."""
         client = _client()
+        if self._say:
+            console.warn(f"{self._say}; a second signal ends it at once")
+            self._say = ""
         if client is None:
             return self._asked
         if self._asked:
             client.key_value_set(f"{_STOP}/{jax.process_index()}", "", allow_overwrite=True)
         elif client.key_value_dir_get(_STOP):
-            self._asked = True
-            console.warn("another host was asked to stop: stopping, to be resumed by the same command")
+            self._asked, self._say = True, "another host was asked to stop: stopping, to be resumed by the same command"
         return self._asked
 
 

@@ -74,6 +74,11 @@ def require(settings: Any) -> None:
         raise ValueError("--model.path is missing: give the folder or the hub id of a Qwen2.5 or Llama 3 model")
     if not settings.data.path:
         raise ValueError("--data.path is missing: give a JSONL file, a folder, a hub id, or `demo`")
+    check_options(settings)
+
+
+def check_options(settings: Any) -> None:
+    """Raises ValueError for a number out of its range, and for LoRA with what it cannot do."""
     config.check_numbers(settings)
     if adapters(settings.lora) and settings.learner.offload in ("reference", "both"):
         raise ValueError(
@@ -247,10 +252,27 @@ def remat(learner: config.Learner, kernel: str) -> str:
     return "attention" if kernel == "tiles" else "full"
 
 
+def identity(settings: Any, policy: Policy, tasks: Tasks) -> dict[str, str]:
+    """What all hosts of a run must have alike, by the name of the option that sets it."""
+    plain = config.to_dict(settings)
+    plain.pop("hosts")
+    ids = [[task.example.id, task.prompt.tolist()] for task in tasks.validation]
+    return {
+        "their options": checkpoint.fingerprint(plain),
+        "--model.path (the tokenizer)": _tokenizer(policy),
+        "--data.path": tasks.fingerprint(),
+        "--data.validation_path": checkpoint.fingerprint(ids),
+    }
+
+
+def _tokenizer(policy: Policy) -> str:
+    return checkpoint.fingerprint([policy.tokenizer.get_vocab(), policy.tokenizer.chat_template])
+
+
 def fingerprints(policy: Policy, params: Params, tasks: Tasks) -> dict[str, str]:
     """What a resumed run must find unchanged besides its config; kept in every checkpoint."""
     return {
         "data": tasks.fingerprint(),
-        "tokenizer": checkpoint.fingerprint([policy.tokenizer.get_vocab(), policy.tokenizer.chat_template]),
+        "tokenizer": _tokenizer(policy),
         "initial_weights": checkpoint.fingerprint(checkpoint.checksums(params)),
     }

@@ -54,21 +54,21 @@ def make(sizes: config.Mesh, over: Sequence[Any] | None = None) -> Mesh:
         ) from None
 
 
-def here() -> tuple[tuple[int, ...], int | None]:
-    """(extents, memory) of the devices that there are, as `chosen` wants them; memory None where they do not tell it."""
+def extents() -> tuple[int, ...]:
+    """The shape of the devices that there are: of a TPU slice along its axes, else their number."""
     devices = jax.devices()
     coordinates = [getattr(device, "coords", None) for device in devices]
-    extents = (len(devices),)
     if devices[0].platform == "tpu" and None not in coordinates:
-        extents = tuple(len(set(along)) for along in zip(*coordinates, strict=True))
-        extents = extents if math.prod(extents) == len(devices) else (len(devices),)  # several cores a chip
-    return extents, (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        along = tuple(len(set(axis)) for axis in zip(*coordinates, strict=True))
+        if math.prod(along) == len(devices):  # not where a chip has several cores
+            return along
+    return (len(devices),)
 
 
 def chosen(
     sizes: config.Mesh, model: DecoderConfig, extents: Sequence[int], memory: float | None, lora: bool = False
 ) -> config.Mesh:
-    """The sizes as given; where that is none of them, `default`."""
+    """The sizes as given; where that is none of them, `default`, if the memory of a device is known (bytes)."""
     if memory is None or sizes != config.Mesh():
         return sizes
     return default(extents, memory, model, _FROZEN_BYTES if lora else _STATE_BYTES)

@@ -84,17 +84,18 @@ class Log:
         self._board = board
 
     @classmethod
-    def open(cls, run_dir: str | Path, resume_step: int, tensorboard: bool) -> Log:
+    def open(cls, run_dir: str | Path, resume_step: int, tensorboard: bool, pending: bool = False) -> Log:
         """Opens the files of `run_dir`, which is made if missing.
 
         resume_step: the step of the checkpoint the run goes on from; later rows are dropped. 0 where there is none: all
-        rows are, that of step 0 too. Raises ValueError for a file that is damaged elsewhere than at its end.
+        rows are, that of step 0 too. pending: that step's metrics are to be logged (again).
+        Raises ValueError for a file that is damaged elsewhere than at its end.
         """
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / "metrics.jsonl", folder / "rollouts.jsonl"]
-        for path in paths:
-            _keep(path, resume_step)
+        _keep(paths[0], resume_step - pending if resume_step else None)
+        _keep(paths[1], resume_step or None)
         board = None
         if tensorboard:
             from tensorboardX import SummaryWriter  # costs a second, and not every run wants it
@@ -148,11 +149,11 @@ def _rows(path: Path) -> Iterator[tuple[bytes, dict]]:
                 raise ValueError(f"{path}, line {number}: not a row of a step: {start!r}; delete the line")
 
 
-def _keep(path: Path, last: int) -> None:
-    """Cuts the file to its rows up to step `last`, to none if that is 0; at any moment it is the old or the new one."""
+def _keep(path: Path, last: int | None) -> None:
+    """Cuts the file to its rows up to step `last`, to none if that is None; at any moment it is the old or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
-        for line, row in _rows(path) if last else ():
+        for line, row in () if last is None else _rows(path):
             if row["step"] <= last:
                 file.write(line.rstrip(b"\n") + b"\n")  # a kill can part a line from its end
         file.flush()

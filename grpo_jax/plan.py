@@ -27,52 +27,51 @@ from grpo_jax import config, console, devices, inputs
 from grpo_jax.config import TrainConfig
 from grpo_jax.forecast import BANDWIDTH, LINK, MFU, USABLE, Plan, Program, draw_up, model_of
 from models import decoder
+from models.decoder import DecoderConfig
 
 # ---------------------------------------------------------------- what to change
 
 
-def changes(plan: Plan) -> Iterator[tuple[str, TrainConfig]]:
-    """(what to say, the config) of what may make a plan fit, the cheapest first; each goes on from the one before."""
-    cfg, count, model = plan.cfg, plan.where.count, plan.model
-    said: list[str] = []
-    most = max(n for n in range(1, count + 1) if count % n == 0 and model.d_model % n == 0)
-    if plan.mesh["fsdp"] * plan.mesh["tensor"] < most:
-        cfg = replace(cfg, mesh=config.Mesh(data=count // most, fsdp=most, tensor=1))
-        said.append(f"--mesh.data {cfg.mesh.data} --mesh.fsdp {most}")
-        yield " ".join(said), cfg
+def changes(plan: Plan) -> Iterator[TrainConfig]:
+    """What may make a plan fit, the cheapest first; each goes on from the one before, as far as that helps."""
+    cfg, count, model = plan.asked, plan.where.count, plan.model
+    data, fsdp, tensor = (plan.mesh[axis] for axis in ("data", "fsdp", "tensor"))
+    if "rollout" in plan.failing():
+        wider = [n for n in range(plan.tensor + 1, plan.where.local + 1) if plan.where.local % n == 0 and model.heads % n == 0]
+        for n in wider:
+            cfg = replace(cfg, rollout=replace(cfg.rollout, tensor=n))
+            yield cfg
+    most = _most_fsdp(count // tensor, model)
+    if fsdp < most:
+        cfg = replace(cfg, mesh=config.Mesh(count // tensor // most, most, tensor))
+        yield cfg
     if "update" in plan.failing() or "reference" in plan.failing():
         now, least = cfg.learner.tokens_per_microbatch, _least(cfg)
-        tried = [n for n in (now // 2, least) if least <= n < now]
-        before = list(said)
-        for tokens in dict.fromkeys(tried):
+        for tokens in dict.fromkeys(n for n in (now // 2, least) if least <= n < now):
             cfg = replace(cfg, learner=replace(cfg.learner, tokens_per_microbatch=tokens))
-            said = [*before, f"--learner.tokens_per_microbatch {tokens}"]
-            yield " ".join(said), cfg
+            yield cfg
         if inputs.remat(cfg.learner, plan.kernel) != "full":
             cfg = replace(cfg, learner=replace(cfg.learner, remat="full"))
-            said.append("--learner.remat full")
-            yield " ".join(said), cfg
-        if cfg.learner.offload == "none" and not cfg.lora.rank:
-            yield " ".join([*said, "--learner.offload both"]), replace(cfg, learner=replace(cfg.learner, offload="both"))
-        for tensor in (2, 4):
-            if count % tensor == 0 and not (model.heads % tensor or model.kv_heads % tensor):
-                fsdp = max(n for n in range(1, count // tensor + 1) if count // tensor % n == 0 and model.d_model % n == 0)
-                split = replace(cfg, mesh=config.Mesh(count // tensor // fsdp, fsdp, tensor))
-                rest = [x for x in said if not x.startswith("--mesh")]
-                yield " ".join([*rest, f"--mesh.fsdp {fsdp} --mesh.tensor {tensor}"]), split
+            yield cfg
+    if cfg.learner.offload == "none" and not cfg.lora.rank:
+        cfg = replace(cfg, learner=replace(cfg.learner, offload="both"))
+        yield cfg
+    if "update" in plan.failing():
+        for n in (2, 4):
+            if n > tensor and count % n == 0 and not (model.heads % n or model.kv_heads % n):
+                most = _most_fsdp(count // n, model)
+                yield replace(cfg, mesh=config.Mesh(count // n // most, most, n))
     if not cfg.lora.rank:
-        cfg = replace(plan.cfg, lora=replace(plan.cfg.lora, rank=16))
-        said = ["--lora.rank 16"]
-        yield said[0], cfg
-        if cfg.learner.tokens_per_microbatch > _least(cfg):
-            cfg = replace(cfg, learner=replace(cfg.learner, tokens_per_microbatch=_least(cfg)))
-            said.append(f"--learner.tokens_per_microbatch {_least(cfg)}")
-            yield " ".join(said), cfg
-    names = [name for name, size in decoder.SIZES.items() if size.architecture == model.architecture]
-    sizes = {name: sum(math.prod(x.shape) for x in jax.tree.leaves(decoder.shapes(decoder.SIZES[name]))) for name in names}
-    own = sum(math.prod(x.shape) for x in jax.tree.leaves(decoder.shapes(model)))
-    for name in sorted((n for n in names if sizes[n] < own), key=lambda n: -sizes[n]):
-        yield " ".join([*said, f"--model.path {name}"]), replace(cfg, mesh=config.Mesh(), model=config.Model(path=name))
+        learner = replace(cfg.learner, offload="none")
+        adapted = replace(cfg, lora=replace(cfg.lora, rank=16), mesh=plan.asked.mesh, learner=learner)
+        yield adapted
+    sizes = {path: _size(decoder.SIZES[name]) for path, name in _hub().items()}
+    for path in sorted((path for path in sizes if sizes[path] < _size(model)), key=lambda path: -sizes[path]):
+        yield replace(cfg, mesh=plan.asked.mesh, model=config.Model(path=path))
+
+
+def _most_fsdp(devices: int, model: DecoderConfig) -> int:
+    return max(n for n in range(1, devices + 1) if devices % n == 0 and model.d_model % n == 0)
 
 
 def _least(cfg: TrainConfig) -> int:
@@ -80,9 +79,31 @@ def _least(cfg: TrainConfig) -> int:
     return cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
 
 
+def _size(model: DecoderConfig) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(decoder.shapes(model)))
+
+
+def _hub() -> dict[str, str]:
+    """The models of the presets: hub id -> size."""
+    paths = [make().model.path for name, make in config.PRESETS[TrainConfig].items() if name != "demo"]
+    return {path: model_of(path)[0] for path in paths if "Qwen" in path}
+
+
+def options(before: TrainConfig, after: TrainConfig) -> str:
+    """What to add to the command line of one config to have another."""
+    old, new = (config.flat(config.to_dict(one)) for one in (before, after))
+    whole = before.mesh != after.mesh  # one size of a mesh makes sense beside the two others only
+    return " ".join(
+        f"--{name} {value}"
+        for name, value in new.items()
+        if value is not None and (value != old[name] or (whole and name.startswith("mesh.")))
+    )
+
+
 def suggest(plan: Plan, compiled: dict[str, Program]) -> tuple[str, Plan] | None:
     """The first change that has been found to fit, every program compiled; None where none does."""
-    for said, cfg in changes(plan):
+    for cfg in changes(plan):
+        said = options(plan.asked, cfg)
         console.note(f"trying {said}")
         try:
             attempt = draw_up(cfg, plan.where, compiled, hurry=True)
@@ -103,8 +124,8 @@ _SAID = {"longest": "gradient, longest groups", "gradient": "gradient, drawn len
 
 def show(plan: Plan) -> None:
     """The tables of a plan."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
-    console.note(f"mesh {mesh}; rollout on each host, weights over {plan.tensor} devices; attention by {plan.kernel}")
+    mesh = " ".join(f"--mesh.{axis} {size}" for axis, size in plan.mesh.items())
+    console.note(f"{mesh}; rollout on each host, weights over {plan.tensor} devices; attention by {plan.kernel}")
     memory, gb = plan.memory, lambda n: f"{n / 1e9:,.2f}"
     parts = {"learned parameters": memory.parameters, "frozen parameters": memory.frozen, "optimizer": memory.optimizer,
              "reference": memory.reference, "gradient sums": memory.gradients, "packs": memory.packs,
@@ -160,6 +181,8 @@ def main() -> None:
     for i, word in enumerate(words):
         if word.split("=")[0] == "--topology":
             value = word.partition("=")[2] or "".join(words[i + 1 : i + 2])
+            if not value:
+                break
             words[i : i + 1 + ("=" not in word)] = []
             where = devices.parse(value)
             break

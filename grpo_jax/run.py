@@ -72,16 +72,15 @@ def open_run(
     objective: Objective,
     optimizer_steps: int,
     mesh: Mesh,
-    tensor: int | None = None,
+    local: Mesh,
 ) -> Run:
     """Loads the weights, and resumes the run from its newest whole checkpoint, or begins it.
 
-    `tensor` devices of a host share a copy of the weights in sampling; None: as few as hold it. Raises ValueError where
-    model, tokenizer or data changed since, and where every checkpoint is damaged.
+    `mesh` is the learner's, `local` the sampler's. Raises ValueError where model, tokenizer or data changed since, and where
+    every checkpoint is damaged.
     """
     folder = Path(config.run.dir)
     changed = checkpoint.compare(config, program)
-    local = hosts.together(lambda: _sampler_mesh(policy, objective, tensor))
     # With LoRA as the file has them, so that their fingerprint does not depend on the dtype of the computation.
     params = hosts.together(lambda: inputs.load_params(policy, mesh, None if objective.lora else jnp.float32))
     optimizer, schedule = learner.make_optimizer(config.optimizer, optimizer_steps)
@@ -106,10 +105,14 @@ def open_run(
         params = inputs.first_adapters(policy, mesh, objective.lora, config.run.seed)
     else:
         reference = jax.tree.map(jnp.copy, learner.cast(params, objective.dtype)) if objective.kl_coefficient else None
-    state = {"params": params, "optimizer": learner.init_state(optimizer, params)}
+    if config.learner.offload in ("reference", "both") and reference is not None:
+        reference = meshes.moved(reference, "pinned_host")
     checkpoints = checkpoint.Checkpoints(config.run.dir, config.checkpoint.keep)
-    restored = checkpoints.restore(state, console.warn)
-    if restored is not None:
+    # The optimizer's state is made only where there is none to restore, or there would be two for a while.
+    restored = checkpoints.restore({"params": params, "optimizer": learner.state_shapes(optimizer, params)}, console.warn)
+    if restored is None:
+        state = {"params": params, "optimizer": learner.init_state(optimizer, params)}
+    else:
         for name, value in meta["fingerprints"].items():
             if restored.meta["fingerprints"].get(name) != value:
                 what = name.replace("_", " ")
@@ -122,10 +125,8 @@ def open_run(
             meta["resolved"] = restored.meta["resolved"]
     if config.learner.offload in ("optimizer", "both"):
         state["optimizer"] = meshes.moved(state["optimizer"], "pinned_host")
-    if config.learner.offload in ("reference", "both") and reference is not None:
-        reference = meshes.moved(reference, "pinned_host")
     lock = hosts.together(lambda: checkpoint.claim(config, program) if hosts.is_main() else None)
-    hosts.together(lambda: _seen(folder))
+    hosts.together(lambda: hosts.wait_for(folder / "config.json"))
     step = restored.step if restored else 0
     if restored is not None and "pending" in restored.meta:
         meta["pending"] = restored.meta["pending"]
@@ -137,29 +138,25 @@ def open_run(
         console.header(f"resuming {folder} after step {step}", [("changed", c) for c in changed])
     elif (folder / "metrics.jsonl").exists():
         console.warn(f"{folder}: no checkpoint to resume from; the run begins anew, over its old metrics and rollouts")
-    log = hosts.together(lambda: metrics.Log.open(folder, step, config.run.tensorboard) if hosts.is_main() else None)
+    log = hosts.together(
+        lambda: metrics.Log.open(folder, step, config.run.tensorboard, "pending" in meta) if hosts.is_main() else None
+    )
     return Run(
         config, policy, mesh, local, state, frozen, reference, objective, kernel, optimizer, schedule, step, meta, log,
         checkpoints, lock, hosts.Stop(),
     )  # fmt: skip
 
 
-def _sampler_mesh(policy: Policy, objective: Objective, tensor: int | None) -> Mesh:
+def sampler_mesh(model: DecoderConfig, dtype: str, tensor: int | None, memory_of_device: int | None) -> Mesh:
+    """This host's devices, `tensor` of which share a copy of the weights; None: as few as hold it.
+
+    Raises ValueError where that does not divide what it splits.
+    """
     if tensor is None:
-        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        tensor = meshes.rollout_tensor(policy.model, objective.dtype, jax.local_device_count(), limit)
+        tensor = meshes.rollout_tensor(model, dtype, jax.local_device_count(), memory_of_device)
     local = meshes.local(tensor)
-    meshes.shardings(local, policy.model, section="rollout")  # refuses what it does not divide
+    meshes.shardings(local, model, section="rollout")
     return local
-
-
-def _seen(folder: Path, seconds: int = 60) -> None:
-    """Waits for the run's folder, as long as a network file system may take to show it."""
-    began = time.monotonic()
-    while not (folder / "config.json").exists():
-        if time.monotonic() - began > seconds:
-            raise ValueError(f"{folder} is not the folder that the first host sees; give a --run.dir that all hosts share")
-        time.sleep(0.5)
 
 
 def weights(run: Run, dtype: str | None = None) -> Params:
@@ -257,8 +254,7 @@ def finish(run: Run) -> None:
         hosts.gather(None)  # the first host writes
         return
     run.log.close()
-    params = jax.device_get(params)
-    params["layers"] = jax.tree.map(lambda *layers: np.stack(layers), *params["layers"])
+    params["layers"] = jax.tree.map(lambda *layers: np.stack(jax.device_get(layers)), *params["layers"])
     hf.save(folder / "hf", run.policy.model, params, run.policy.tokenizer, dtype=run.config.export.dtype)
     exported = [("model", str(folder / "hf"))]
     if run.frozen is not None:

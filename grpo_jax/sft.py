@@ -19,13 +19,28 @@ from grpo_jax.console import Progress
 from grpo_jax.group import Group
 from grpo_jax.inputs import Policy, Task, Tasks
 from grpo_jax.learner import Objective
-from grpo_jax.run import Clock, Run, cache_compilations, end_step, finish, guarded, memory, open_run, pack, padding, report
+from grpo_jax.run import (
+    Clock,
+    Run,
+    cache_compilations,
+    end_step,
+    finish,
+    guarded,
+    memory,
+    open_run,
+    pack,
+    padding,
+    report,
+    sampler_mesh,
+)
 
 
 def sft(cfg: SftConfig) -> None:
     """Runs, or resumes, the run of `cfg.run.dir`. Raises ValueError or FileNotFoundError for what a user can mend."""
     hosts.start(cfg.hosts)
-    device_mesh, policy, tasks = hosts.together(lambda: prepare(cfg))
+    memory_of_device = hosts.memory()
+    device_mesh, local, policy, tasks = hosts.together(lambda: prepare(cfg, memory_of_device))
+    hosts.agree(lambda: inputs.identity(cfg, policy, tasks))
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.batch.rows_per_step)
     remat = inputs.remat(cfg.learner, inputs.attention_kernel(cfg.learner, policy.model))
     objective = Objective(
@@ -43,7 +58,7 @@ def sft(cfg: SftConfig) -> None:
             ("devices", inputs.devices(device_mesh, cfg.learner, policy.model)),
         ],
     )
-    run = open_run(cfg, "grpo_jax.sft", policy, tasks, objective, steps, device_mesh)
+    run = open_run(cfg, "grpo_jax.sft", policy, tasks, objective, steps, device_mesh, local)
     with guarded(run), Progress(steps, run.step) as show:
         if run.step == 0:
             report(run, show, {"step": 0, **validate(run, tasks.validation, show)})
@@ -80,8 +95,8 @@ def sft(cfg: SftConfig) -> None:
     finish(run)
 
 
-def prepare(cfg: SftConfig) -> tuple[Mesh, Policy, Tasks]:
-    """What a run needs besides its weights; whatever a user must mend is refused here, before anything is compiled."""
+def prepare(cfg: SftConfig, memory_of_device: int | None) -> tuple[Mesh, Mesh, Policy, Tasks]:
+    """As grpo_jax.train.prepare."""
     inputs.require(cfg)
     checkpoint.compare(cfg, "grpo_jax.sft")
     if cfg.learner.tokens_per_microbatch < cfg.batch.max_tokens:
@@ -90,10 +105,12 @@ def prepare(cfg: SftConfig) -> tuple[Mesh, Policy, Tasks]:
             f"--batch.max_tokens {cfg.batch.max_tokens}; raise it"
         )
     policy = inputs.load_policy(cfg.model.path)
-    device_mesh = mesh.make(mesh.chosen(cfg.mesh, policy.model, *mesh.here(), lora=cfg.lora.rank > 0))
+    device_mesh = mesh.make(mesh.chosen(cfg.mesh, policy.model, mesh.extents(), memory_of_device, lora=cfg.lora.rank > 0))
+    mesh.shardings(device_mesh, policy.model)  # refuses what does not divide
+    local = sampler_mesh(policy.model, inputs.compute_dtype(cfg.learner), None, memory_of_device)
     inputs.check_context(policy, cfg.batch.max_tokens, "--batch.max_tokens")
     tasks = inputs.load_tasks(cfg.data, policy, cfg.batch.max_tokens, cfg.run.seed, cfg.validation.limit, with_target=True)
-    return device_mesh, policy, tasks
+    return device_mesh, local, policy, tasks
 
 
 def group_of(task: Task) -> Group:

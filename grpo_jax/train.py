@@ -48,6 +48,7 @@ from grpo_jax.run import (
     pack,
     padding,
     report,
+    sampler_mesh,
     watch,
     weights,
 )  # fmt: skip
@@ -69,12 +70,14 @@ class Batch:
 def train(cfg: TrainConfig) -> None:
     """Runs, or resumes, the run of `cfg.run.dir`. Raises ValueError or FileNotFoundError for what a user can mend."""
     hosts.start(cfg.hosts)
-    score_group, device_mesh, policy, tasks = hosts.together(lambda: prepare(cfg))
+    memory_of_device = hosts.memory()
+    score_group, device_mesh, local, policy, tasks = hosts.together(lambda: prepare(cfg, memory_of_device))
+    hosts.agree(lambda: inputs.identity(cfg, policy, tasks))
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.rollout.prompts_per_step)
     introduce(cfg, policy, tasks, steps, device_mesh)
     objective = objective_of(cfg, device_mesh, policy.model)
     run = open_run(
-        cfg, "grpo_jax.train", policy, tasks, objective, steps * minibatches(cfg), device_mesh, cfg.rollout.tensor
+        cfg, "grpo_jax.train", policy, tasks, objective, steps * minibatches(cfg), device_mesh, local
     )  # fmt: skip
     sampling = sampling_of(cfg.rollout, run)
     with guarded(run), Progress(steps, run.step) as show:
@@ -112,20 +115,33 @@ def train(cfg: TrainConfig) -> None:
     finish(run)
 
 
-def prepare(cfg: TrainConfig) -> tuple[Reward, Mesh, Policy, Tasks]:
-    """What a run needs besides its weights; whatever a user must mend is refused here, before anything is compiled."""
+def prepare(cfg: TrainConfig, memory_of_device: int | None) -> tuple[Reward, Mesh, Mesh, Policy, Tasks]:
+    """What a run needs besides its weights, the meshes of learner and sampler among it.
+
+    Whatever a user must mend is refused here, before anything is compiled. `memory_of_device` as `hosts.memory` tells it.
+    """
     score_group = check(cfg)
     policy = inputs.load_policy(cfg.model.path)
-    device_mesh = mesh.make(mesh.chosen(cfg.mesh, policy.model, *mesh.here(), lora=cfg.lora.rank > 0))
+    device_mesh = mesh.make(mesh.chosen(cfg.mesh, policy.model, mesh.extents(), memory_of_device, lora=cfg.lora.rank > 0))
+    mesh.shardings(device_mesh, policy.model)  # refuses what does not divide
+    local = sampler_mesh(policy.model, inputs.compute_dtype(cfg.learner), cfg.rollout.tensor, memory_of_device)
     longest = cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
     inputs.check_context(policy, longest, "--rollout.max_prompt_tokens and --rollout.max_response_tokens")
     tasks = inputs.load_tasks(cfg.data, policy, cfg.rollout.max_prompt_tokens, cfg.run.seed, cfg.validation.limit)
-    return score_group, device_mesh, policy, tasks
+    return score_group, device_mesh, local, policy, tasks
 
 
 def check(cfg: TrainConfig) -> Reward:
     """Everything that can be refused before anything is read; returns the reward function."""
     inputs.require(cfg)
+    check_options(cfg)
+    checkpoint.compare(cfg, "grpo_jax.train")
+    return reward.resolve(cfg.reward.kind)
+
+
+def check_options(cfg: TrainConfig) -> None:
+    """Raises ValueError for options that do not go together."""
+    inputs.check_options(cfg)
     if cfg.rollout.top_p != 1 or cfg.rollout.top_k != 0:
         raise ValueError(
             "--rollout.top_p must be 1 and --rollout.top_k 0 in training: the loss takes log-probs of the whole distribution"
@@ -143,8 +159,6 @@ def check(cfg: TrainConfig) -> Reward:
             f"--learner.tokens_per_microbatch {cfg.learner.tokens_per_microbatch} is too small for the longest prompt and "
             f"response ({longest} tokens); raise it, or lower --rollout.max_prompt_tokens or --rollout.max_response_tokens"
         )
-    checkpoint.compare(cfg, "grpo_jax.train")
-    return reward.resolve(cfg.reward.kind)
 
 
 def sampling_of(settings: config.Rollout, run: Run) -> Sampling:

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Starts a run on every worker of a TPU pod, from your own machine:
-#     ZONE=us-east5-a scripts/tpu_pod.sh NAME tool-n1-7b --mesh.fsdp 64 --data.path DATA --run.dir /mnt/shared/RUN
+#     ZONE=us-east5-a scripts/tpu_pod.sh NAME tool-n1-7b --data.path DATA --run.dir /mnt/shared/RUN
 # NAME is a TPU VM whose workers have the checkout in ~/grpo_jax with `pip install -e '.[tpu]'` done, and see one shared file
 # system (Filestore, say) under the run's folder. Called again, it resumes. See docs/scale.md.
 set -eu

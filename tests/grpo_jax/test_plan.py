@@ -16,6 +16,7 @@ import pytest
 
 from grpo_jax import config, devices, flops, forecast, learner, plan, rollout
 from grpo_jax import mesh as meshes
+from grpo_jax.config import TrainConfig
 from grpo_jax.devices import DEVICES, Device, Topology
 from models import decoder
 
@@ -178,7 +179,34 @@ def test_what_does_not_fit_gets_a_suggestion_that_does(monkeypatch):
     assert found.failing() == ["update"]
     said, better = plan.suggest(found, compiled)
     assert said.startswith("--learner.tokens_per_microbatch") and not better.failing()
+    again = config.parse(
+        TrainConfig, "grpo_jax.plan", ["demo", "--learner.remat", "none", "--rollout.rows", "32", *said.split()]
+    )
+    assert again == better.asked
     assert better.memory.phases()["update"] <= better.limit < peak
+
+
+def test_what_a_suggestion_says_is_what_it_compiled():
+    """Of every change: its words, added to the command that was given, make the config that was planned."""
+    words = ["tool-n1-14b", "--mesh.data", "4", "--mesh.fsdp", "4", "--mesh.tensor", "2", "--learner.offload", "reference"]
+    asked = config.parse(TrainConfig, "grpo_jax.plan", words)
+    model = decoder.SIZES["qwen2.5-14b"]
+    failing = forecast.Memory(*[10**12] * 8, {}, "none")
+    found = forecast.Plan(
+        asked, asked, model, devices.parse("h100:4x8"), {"data": 4, "fsdp": 4, "tensor": 2}, 1, "cudnn", 0, {}, failing, {}, []
+    )
+    assert set(found.failing()) == {"rollout", "reference", "update"}
+    said = []
+    for cfg in plan.changes(found):
+        said.append(plan.options(asked, cfg))
+        added = said[-1].split()
+        options = dict(zip(words[1::2], words[2::2], strict=True)) | dict(zip(added[::2], added[1::2], strict=True))
+        again = [word for pair in options.items() for word in pair]
+        if "lora" in said[-1]:
+            assert "--learner.offload none" in said[-1]
+        assert config.parse(TrainConfig, "grpo_jax.plan", [words[0], *again]) == cfg
+    assert said[0] == "--rollout.tensor 2" and "--mesh.data 1 --mesh.fsdp 16 --mesh.tensor 2" in said[3]
+    assert "--model.path Qwen/Qwen2.5-0.5B-Instruct" in said[-1]
 
 
 def test_the_rollout_is_seated_as_it_will_be(monkeypatch):
