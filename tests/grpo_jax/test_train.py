@@ -509,6 +509,27 @@ def test_stopped_in_sampling_it_goes_on_as_if_it_had_not_been(call, saved, tiny_
     assert_same(tmp_path / "run", unbroken)
 
 
+def test_a_row_that_waited_for_its_validation_is_written_once(tiny_model, unbroken, tmp_path, monkeypatch):
+    """Stopped in the validation of step 3; resumed, and killed before the next checkpoint; resumed again."""
+    options = {**SMALL, "checkpoint.every": 100, "model.path": tiny_model, "run.dir": str(tmp_path / "run")}
+    cfg = config.parse(TrainConfig, "grpo_jax.train", words(options))
+    respond = train.respond
+    for call, error in ((5, hosts.Stopped), (2, KeyboardInterrupt)):  # the second: after that validation, in step 4
+        calls = iter(range(1, 100))
+
+        def ended(*arguments, calls=calls, call=call, error=error):
+            if next(calls) == call:
+                raise error
+            return respond(*arguments)
+
+        monkeypatch.setattr(train, "respond", ended)
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            train.train(cfg)
+    monkeypatch.setattr(train, "respond", respond)
+    train.train(cfg)
+    assert_same(tmp_path / "run", unbroken)
+
+
 def test_a_signal_asks_and_a_second_one_is_not_taken():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     stop = hosts.Stop()
