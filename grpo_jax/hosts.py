@@ -217,7 +217,7 @@ class Stop:
 
     def _take(self, number: int, _frame: Any) -> None:
         self.release()  # a second signal is not waited for
-        self._asked, self._say = True, f"{signal.Signals(number).name}: stopping, to be resumed by the same command"
+        self._asked, self._say = True, signal.Signals(number).name
 
     def release(self) -> None:
         """Gives the signals back to those who had them."""
@@ -226,16 +226,15 @@ class Stop:
 
     def asked(self) -> bool:
         """Whether this host was asked, or heard that another was."""
-        client = _client()
+        client, how = _client(), "stopping, to be resumed by the same command; a second signal ends it at once"
         if self._say:
-            console.warn(f"{self._say}; a second signal ends it at once")
+            console.warn(f"{self._say}: {how}")
             self._say = ""
-        if client is None:
-            return self._asked
-        if self._asked:
+        if client is not None and self._asked:
             client.key_value_set(f"{_STOP}/{jax.process_index()}", "", allow_overwrite=True)
-        elif client.key_value_dir_get(_STOP):
-            self._asked, self._say = True, "another host was asked to stop: stopping, to be resumed by the same command"
+        elif client is not None and client.key_value_dir_get(_STOP):
+            self._asked = True
+            console.warn(f"another host was asked to stop: {how}")
         return self._asked
 
 
