@@ -152,17 +152,14 @@ def params_on(mesh: Mesh, model: DecoderConfig, dtype: str) -> Params:
 def by_layer(params: Params, layers: int) -> Params:
     """ShapeDtypeStructs of stacked parameters as those of models.decoder.by_layer."""
 
-    def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[1:]))
-        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
-
+    one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=meshes.of_one_layer(x.sharding))  # noqa: E731
     return {**params, "layers": (jax.tree.map(one, params["layers"]),) * layers}
 
 
 def adapters_on(mesh: Mesh, model: DecoderConfig, settings: lora.Lora) -> Params:
     """The adapters, likewise."""
-    shapes = jax.eval_shape(lambda: lora.init(model, settings, jax.random.key(0)))
     lies = meshes.shardings(mesh, model, settings)
+    shapes = lora.shapes(model, settings)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lies)
 
 
@@ -282,8 +279,7 @@ def draw_up(cfg: TrainConfig, where: Topology, compiled: dict[str, Program], *, 
     settings = inputs.adapters(cfg.lora)
     cfg = replace(cfg, mesh=meshes.chosen(cfg.mesh, model, extents, told(where), lora=settings is not None))
     longest = cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
-    if longest > model.max_positions:
-        raise ValueError(f"{longest:,} tokens of prompt and response; {cfg.model.path} is made for {model.max_positions:,}")
+    inputs.check_context(cfg.model.path, model, longest, "--rollout.max_prompt_tokens and --rollout.max_response_tokens")
     everything, local = devices.open_(where)
     dtype = "bfloat16" if cfg.learner.dtype == "auto" else cfg.learner.dtype
     cfg = replace(cfg, learner=replace(cfg.learner, dtype=dtype))
@@ -291,8 +287,7 @@ def draw_up(cfg: TrainConfig, where: Topology, compiled: dict[str, Program], *, 
     frozen = None if settings is None else params_on(mesh, model, dtype)
     params = params_on(mesh, model, "float32") if settings is None else adapters_on(mesh, model, settings)
     tensor = cfg.rollout.tensor or meshes.rollout_tensor(model, dtype, where.local, told(where))
-    if where.local % tensor:
-        raise ValueError(f"--rollout.tensor {tensor} does not divide the {where.local} devices of a host")
+    meshes.check_tensor(tensor, where.local)
     host = meshes.make(config.Mesh(data=where.local // tensor, fsdp=1, tensor=tensor), local)
     meshes.shardings(host, model, section="rollout")  # refuses what it does not divide
     kernel = inputs.attention_kernel(cfg.learner, model, where.device.platform)
@@ -406,16 +401,12 @@ def played(job: _Job, free: int) -> tuple[Sampling, Limits, list[Shape], list[in
     return sampling, limits, calls, prompts
 
 
-def _prefill_kernel(kernel: str, width: int) -> str:
-    return kernel if kernel == "cudnn" or (kernel == "splash" and width % 128 == 0) else "plain"
-
-
 def prefill_arguments(job: _Job, params: Params) -> tuple:
     """Of the largest call of grpo_jax.rollout._prefill."""
     width, shards = bucket(job.cfg.rollout.max_prompt_tokens, 2), meshes.shards(job.host)
     size = shards * 2 ** (max(1, rollout._PREFILL_TOKENS // width).bit_length() - 1)
     shapes = (jax.ShapeDtypeStruct((size, width), "int32"), jax.ShapeDtypeStruct((size,), "int32"))
-    return job.model, _prefill_kernel(job.kernel, width), job.host, params, *_on(shapes, meshes.rows(job.host))
+    return job.model, rollout.prefill_kernel(job.kernel, width), job.host, params, *_on(shapes, meshes.rows(job.host))
 
 
 def decode_arguments(job: _Job, params: Params, sampling: Sampling, limits: Limits, shape: Shape) -> tuple:
@@ -471,7 +462,7 @@ def times(
     for width, number in Counter(bucket(p, 2) for p in prompts).items():
         size = 2 ** (max(1, rollout._PREFILL_TOKENS // width).bit_length() - 1)  # prompts of one call on a device
         shape = (jax.ShapeDtypeStruct((size, width), "int32"), jax.ShapeDtypeStruct((size,), "int32"))
-        args = model, _prefill_kernel(job.kernel, width), None, _on(local_params, None), *shape
+        args = model, rollout.prefill_kernel(job.kernel, width), None, _on(local_params, None), *shape
         program = rollout._prefill.trace(*args).jaxpr
         launched, moved = launched + number / size * flops.count(program), moved + number / size * flops.traffic(program)
     calls_of_prefill = -(-sum(prompts) // (rollout._PREFILL_TOKENS * meshes.shards(job.host)))

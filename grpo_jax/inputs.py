@@ -192,12 +192,10 @@ def steps_of(run: config.Run, rows: int, batch_size: int) -> int:
     return run.steps if run.steps is not None else max(1, round(run.epochs * rows / batch_size))
 
 
-def check_context(policy: Policy, longest: int, options: str) -> None:
+def check_context(path: str, model: DecoderConfig, longest: int, options: str) -> None:
     """Raises ValueError where a sequence may be longer than any that the model was made for: nothing fails there by itself."""
-    if longest > policy.model.max_positions:
-        raise ValueError(
-            f"{options} allow {longest:,} tokens; {policy.path} is made for {policy.model.max_positions:,}; lower them"
-        )
+    if longest > model.max_positions:
+        raise ValueError(f"{options} allow {longest:,} tokens; {path} is made for {model.max_positions:,}; lower them")
 
 
 def devices(device_mesh: Mesh, learner: config.Learner, model: DecoderConfig) -> str:
@@ -210,12 +208,11 @@ def devices(device_mesh: Mesh, learner: config.Learner, model: DecoderConfig) ->
 
 def learned(model: DecoderConfig, settings: Lora | None) -> str:
     """How many parameters a run learns, for its header."""
-    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
-    whole = size(decoder.shapes(model))
+    whole = decoder.parameters(model)
     if settings is None:
         return f"all {whole:,} parameters"
-    adapters = jax.eval_shape(lambda: lora.init(model, settings, jax.random.key(0)))
-    return f"{size(adapters):,} parameters of adapters of rank {settings.rank}, beside {whole:,} frozen ones"
+    few = sum(x.size for x in jax.tree.leaves(lora.shapes(model, settings)))
+    return f"{few:,} parameters of adapters of rank {settings.rank}, beside {whole:,} frozen ones"
 
 
 def compute_dtype(learner: config.Learner) -> str:

@@ -89,7 +89,7 @@ def default(extents: Sequence[int], memory: float, model: DecoderConfig, bytes_e
     Fewer devices that gather weights from each other send the same bytes over shorter ways, and larger parts of a weight
     suit the devices' tiles better. Where no fsdp holds it, the largest that divides the model is taken.
     """
-    state = bytes_each * sum(math.prod(x.shape) for x in jax.tree.leaves(decoder.shapes(model)))
+    state = bytes_each * decoder.parameters(model)
     devices = math.prod(extents)
     along = {math.prod(some) for n in range(len(extents) + 1) for some in itertools.combinations(extents, n)}
     sizes = [n for n in range(1, devices + 1) if devices % n == 0] if len(extents) == 1 else sorted(along)
@@ -105,10 +105,15 @@ def local(tensor: int) -> Mesh:
 
 def _by_host(tensor: int) -> np.ndarray:
     """All devices as [hosts, data, fsdp = 1, tensor]. Raises ValueError where `tensor` does not divide those of a host."""
-    if jax.local_device_count() % tensor:
-        raise ValueError(f"--rollout.tensor {tensor} does not divide the {jax.local_device_count()} devices of a host")
+    check_tensor(tensor, jax.local_device_count())
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     return np.array(devices).reshape(jax.process_count(), -1, 1, tensor)
+
+
+def check_tensor(tensor: int, devices: int) -> None:
+    """Raises ValueError where so many of a host's devices cannot share the sampler's weights."""
+    if devices % tensor:
+        raise ValueError(f"--rollout.tensor {tensor} does not divide the {devices} devices of a host")
 
 
 def rollout_tensor(model: DecoderConfig, dtype: str, devices: int, memory: int | None) -> int:
@@ -117,7 +122,7 @@ def rollout_tensor(model: DecoderConfig, dtype: str, devices: int, memory: int |
     The least number that divides devices and heads and keeps the weights within half of the memory; where none does, the
     largest.
     """
-    weights = sum(x.size for x in jax.tree.leaves(decoder.shapes(model))) * jnp.dtype(dtype).itemsize
+    weights = decoder.parameters(model) * jnp.dtype(dtype).itemsize
     sizes = (model.heads, model.d_ff, model.vocab, devices)
     fit = [n for n in range(1, devices + 1) if all(size % n == 0 for size in sizes)]
     return next((n for n in fit if memory is None or weights / n <= memory / 2), fit[-1])
@@ -162,10 +167,15 @@ def host_copy(params: Any, model: DecoderConfig, dtype: str, tensor: int) -> Any
         return jax.make_array_from_single_device_arrays(x.shape, sharding, [s.data for s in x.addressable_shards])
 
     places = shardings(here, model)
-    of_layer = jax.tree.map(lambda place: NamedSharding(here, PartitionSpec(*place.spec[1:])), places.pop("layers"))
+    of_layer = jax.tree.map(of_one_layer, places.pop("layers"))
     rest = {name: x for name, x in params.items() if name != "layers"}
     layers = tuple(jax.tree.map(one, _layer(params["layers"], i, dtype), of_layer) for i in range(model.layers))
     return {**jax.tree.map(lambda x, place: one(x.astype(dtype), place), rest, places), "layers": layers}
+
+
+def of_one_layer(stacked: NamedSharding) -> NamedSharding:
+    """Of an array of one layer, from that of all layers [L, ...]."""
+    return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
 
 
 @functools.partial(jax.jit, static_argnums=2)

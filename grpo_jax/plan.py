@@ -13,14 +13,12 @@ The programs of a training step are compiled with the real compiler of the TPU o
 from __future__ import annotations
 
 import json
-import math
 import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-import jax
 from rich.table import Table
 
 from grpo_jax import config, console, devices, inputs
@@ -35,14 +33,14 @@ from models.decoder import DecoderConfig
 def changes(plan: Plan) -> Iterator[TrainConfig]:
     """What may make a plan fit, the cheapest first; each goes on from the one before, as far as that helps."""
     cfg, count, model = plan.asked, plan.where.count, plan.model
-    data, fsdp, tensor = (plan.mesh[axis] for axis in ("data", "fsdp", "tensor"))
+    tensor = plan.mesh["tensor"]
     if "rollout" in plan.failing():
         wider = [n for n in range(plan.tensor + 1, plan.where.local + 1) if plan.where.local % n == 0 and model.heads % n == 0]
         for n in wider:
             cfg = replace(cfg, rollout=replace(cfg.rollout, tensor=n))
             yield cfg
     most = _most_fsdp(count // tensor, model)
-    if fsdp < most:
+    if plan.mesh["fsdp"] < most:
         cfg = replace(cfg, mesh=config.Mesh(count // tensor // most, most, tensor))
         yield cfg
     if "update" in plan.failing() or "reference" in plan.failing():
@@ -63,10 +61,10 @@ def changes(plan: Plan) -> Iterator[TrainConfig]:
                 yield replace(cfg, mesh=config.Mesh(count // n // most, most, n))
     if not cfg.lora.rank:
         learner = replace(cfg.learner, offload="none")
-        adapted = replace(cfg, lora=replace(cfg.lora, rank=16), mesh=plan.asked.mesh, learner=learner)
-        yield adapted
-    sizes = {path: _size(decoder.SIZES[name]) for path, name in _hub().items()}
-    for path in sorted((path for path in sizes if sizes[path] < _size(model)), key=lambda path: -sizes[path]):
+        yield replace(cfg, lora=replace(cfg.lora, rank=16), mesh=plan.asked.mesh, learner=learner)
+    sizes = {path: decoder.parameters(decoder.SIZES[name]) for path, name in _hub().items()}
+    own = decoder.parameters(model)
+    for path in sorted((path for path in sizes if sizes[path] < own), key=lambda path: -sizes[path]):
         yield replace(cfg, mesh=plan.asked.mesh, model=config.Model(path=path))
 
 
@@ -77,10 +75,6 @@ def _most_fsdp(devices: int, model: DecoderConfig) -> int:
 def _least(cfg: TrainConfig) -> int:
     """Tokens that a micro-batch must hold."""
     return cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
-
-
-def _size(model: DecoderConfig) -> int:
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(decoder.shapes(model)))
 
 
 def _hub() -> dict[str, str]:

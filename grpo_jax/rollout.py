@@ -259,12 +259,16 @@ def _prefill_new(job: _Job, book: _Book, pool: _Pool) -> _Pool:
             tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
             places[i] = book.places[rank] = free.pop(0)
         new = new[size:]
-        fused = job.kernel == "cudnn" or (job.kernel == "splash" and width % 128 == 0)  # tiles are for packs
-        kernel = job.kernel if fused else "plain"
+        kernel = prefill_kernel(job.kernel, width)
         made = _prefill(job.config, kernel, job.mesh, job.params, *jax.device_put((tokens, lengths), split))
         prompts, last = _store(pool.prompts, pool.last, *made, places)
         pool = replace(pool, prompts=prompts, last=last)
     return pool
+
+
+def prefill_kernel(kernel: str, width: int) -> str:
+    """The kernel for prompts of that width, from that for packs: tiles are for packs, and splash wants multiples of 128."""
+    return kernel if kernel == "cudnn" or (kernel == "splash" and width % 128 == 0) else "plain"
 
 
 def _seats(job: _Job, book: _Book) -> _Seats:

@@ -1,9 +1,12 @@
 """What every training program does around its loop: claim or resume the run's folder, keep its files, export at the end.
 
-open_run     the weights and the run's state on the devices, from its newest checkpoint where there is one
-guarded      around the loop: what is kept when a run is asked to stop, is interrupted or fails
-end_step     a step's row is logged, its state saved when it is time
-finish       the Hugging Face folder, the curves
+    begin        what a run needs besides its weights, read on every host and alike on all
+    open_run     the weights and the run's state on the devices, from its newest checkpoint where there is one
+    guarded      around the loop: what is kept when a run is asked to stop, is interrupted or fails
+    end_step     a step's row is logged, its state saved when it is time
+    finish       the Hugging Face folder, the curves
+
+All of it is called by all hosts together.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,21 +67,45 @@ class Run:
     said: set[str] = field(default_factory=set)  # what is said once
 
 
-def open_run(
-    config: Any,
-    program: str,
-    policy: Policy,
-    tasks: Tasks,
-    objective: Objective,
-    optimizer_steps: int,
-    mesh: Mesh,
-    local: Mesh,
-) -> Run:
+@dataclass(frozen=True)
+class Ready:
+    """What a run needs besides its weights, the same on all hosts."""
+
+    policy: Policy
+    tasks: Tasks
+    mesh: Mesh  # of the learner
+    local: Mesh  # of the sampler: this host's devices
+
+
+def begin(config: Any, read_tasks: Callable[[Policy], Tasks], longest: int, options: str, tensor: int | None = None) -> Ready:
+    """Reads model and data and lays out the devices; refuses, before anything is compiled, what a user must mend.
+
+    A sequence may have `longest` tokens, which `options` set; `tensor` is --rollout.tensor. Raises ValueError, on the first
+    host, for what any of them finds.
+    """
+    limit = hosts.memory()
+
+    def prepare() -> Ready:
+        policy = inputs.load_policy(config.model.path)
+        mesh = meshes.make(meshes.chosen(config.mesh, policy.model, meshes.extents(), limit, lora=config.lora.rank > 0))
+        meshes.shardings(mesh, policy.model)  # refuses what does not divide
+        dtype = inputs.compute_dtype(config.learner)
+        local = meshes.local(tensor or meshes.rollout_tensor(policy.model, dtype, jax.local_device_count(), limit))
+        meshes.shardings(local, policy.model, section="rollout")
+        inputs.check_context(policy.path, policy.model, longest, options)
+        return Ready(policy, read_tasks(policy), mesh, local)
+
+    ready = hosts.together(prepare)
+    hosts.agree(lambda: inputs.identity(config, ready.policy, ready.tasks))
+    return ready
+
+
+def open_run(config: Any, program: str, ready: Ready, objective: Objective, optimizer_steps: int) -> Run:
     """Loads the weights, and resumes the run from its newest whole checkpoint, or begins it.
 
-    `mesh` is the learner's, `local` the sampler's. Raises ValueError where model, tokenizer or data changed since, and where
-    every checkpoint is damaged.
+    Raises ValueError where model, tokenizer or data changed since, and where every checkpoint is damaged.
     """
+    policy, tasks, mesh, local = ready.policy, ready.tasks, ready.mesh, ready.local
     folder = Path(config.run.dir)
     changed = checkpoint.compare(config, program)
     # With LoRA as the file has them, so that their fingerprint does not depend on the dtype of the computation.
@@ -145,18 +172,6 @@ def open_run(
         config, policy, mesh, local, state, frozen, reference, objective, kernel, optimizer, schedule, step, meta, log,
         checkpoints, lock, hosts.Stop(),
     )  # fmt: skip
-
-
-def sampler_mesh(model: DecoderConfig, dtype: str, tensor: int | None, memory_of_device: int | None) -> Mesh:
-    """This host's devices, `tensor` of which share a copy of the weights; None: as few as hold it.
-
-    Raises ValueError where that does not divide what it splits.
-    """
-    if tensor is None:
-        tensor = meshes.rollout_tensor(model, dtype, jax.local_device_count(), memory_of_device)
-    local = meshes.local(tensor)
-    meshes.shardings(local, model, section="rollout")
-    return local
 
 
 def weights(run: Run, dtype: str | None = None) -> Params:

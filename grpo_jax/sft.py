@@ -11,17 +11,17 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from grpo_jax import checkpoint, config, console, hosts, inputs, learner, mesh
+from grpo_jax import checkpoint, config, console, hosts, inputs, learner
 from grpo_jax.config import SftConfig
 from grpo_jax.console import Progress
 from grpo_jax.group import Group
-from grpo_jax.inputs import Policy, Task, Tasks
+from grpo_jax.inputs import Task
 from grpo_jax.learner import Objective
 from grpo_jax.run import (
     Clock,
     Run,
+    begin,
     cache_compilations,
     end_step,
     finish,
@@ -31,20 +31,25 @@ from grpo_jax.run import (
     pack,
     padding,
     report,
-    sampler_mesh,
 )
 
 
 def sft(cfg: SftConfig) -> None:
     """Runs, or resumes, the run of `cfg.run.dir`. Raises ValueError or FileNotFoundError for what a user can mend."""
     hosts.start(cfg.hosts)
-    memory_of_device = hosts.memory()
-    device_mesh, local, policy, tasks = hosts.together(lambda: prepare(cfg, memory_of_device))
-    hosts.agree(lambda: inputs.identity(cfg, policy, tasks))
+    hosts.together(lambda: check(cfg))
+    most = cfg.batch.max_tokens
+    ready = begin(
+        cfg,
+        lambda policy: inputs.load_tasks(cfg.data, policy, most, cfg.run.seed, cfg.validation.limit, with_target=True),
+        most,
+        "--batch.max_tokens",
+    )
+    policy, tasks = ready.policy, ready.tasks
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.batch.rows_per_step)
     remat = inputs.remat(cfg.learner, inputs.attention_kernel(cfg.learner, policy.model))
     objective = Objective(
-        "cross_entropy", dtype=inputs.compute_dtype(cfg.learner), remat=remat, mesh=device_mesh,
+        "cross_entropy", dtype=inputs.compute_dtype(cfg.learner), remat=remat, mesh=ready.mesh,
         lora=inputs.adapters(cfg.lora),
     )  # fmt: skip
     without = [task for task in tasks.train if not {"reasoning", "response"} & task.example.extra.keys()]
@@ -55,10 +60,10 @@ def sft(cfg: SftConfig) -> None:
             ("replies", f"{len(without):,} of {len(tasks.train):,} are calls without a thought before them"),
             ("learned", inputs.learned(policy.model, objective.lora)),
             ("run", f"{steps:,} steps of {cfg.batch.rows_per_step:,} rows, in {cfg.run.dir}"),
-            ("devices", inputs.devices(device_mesh, cfg.learner, policy.model)),
+            ("devices", inputs.devices(ready.mesh, cfg.learner, policy.model)),
         ],
     )
-    run = open_run(cfg, "grpo_jax.sft", policy, tasks, objective, steps, device_mesh, local)
+    run = open_run(cfg, "grpo_jax.sft", ready, objective, steps)
     with guarded(run), Progress(steps, run.step) as show:
         if run.step == 0:
             report(run, show, {"step": 0, **validate(run, tasks.validation, show)})
@@ -95,8 +100,8 @@ def sft(cfg: SftConfig) -> None:
     finish(run)
 
 
-def prepare(cfg: SftConfig, memory_of_device: int | None) -> tuple[Mesh, Mesh, Policy, Tasks]:
-    """As grpo_jax.train.prepare."""
+def check(cfg: SftConfig) -> None:
+    """Everything that can be refused before anything is read."""
     inputs.require(cfg)
     checkpoint.compare(cfg, "grpo_jax.sft")
     if cfg.learner.tokens_per_microbatch < cfg.batch.max_tokens:
@@ -104,13 +109,6 @@ def prepare(cfg: SftConfig, memory_of_device: int | None) -> tuple[Mesh, Mesh, P
             f"--learner.tokens_per_microbatch {cfg.learner.tokens_per_microbatch} is less than "
             f"--batch.max_tokens {cfg.batch.max_tokens}; raise it"
         )
-    policy = inputs.load_policy(cfg.model.path)
-    device_mesh = mesh.make(mesh.chosen(cfg.mesh, policy.model, mesh.extents(), memory_of_device, lora=cfg.lora.rank > 0))
-    mesh.shardings(device_mesh, policy.model)  # refuses what does not divide
-    local = sampler_mesh(policy.model, inputs.compute_dtype(cfg.learner), None, memory_of_device)
-    inputs.check_context(policy, cfg.batch.max_tokens, "--batch.max_tokens")
-    tasks = inputs.load_tasks(cfg.data, policy, cfg.batch.max_tokens, cfg.run.seed, cfg.validation.limit, with_target=True)
-    return device_mesh, local, policy, tasks
 
 
 def group_of(task: Task) -> Group:

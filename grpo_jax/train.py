@@ -38,6 +38,7 @@ from grpo_jax.rollout import Sampling, Usage
 from grpo_jax.run import (
     Clock,
     Run,
+    begin,
     cache_compilations,
     end_step,
     finish,
@@ -48,7 +49,6 @@ from grpo_jax.run import (
     pack,
     padding,
     report,
-    sampler_mesh,
     watch,
     weights,
 )  # fmt: skip
@@ -70,15 +70,19 @@ class Batch:
 def train(cfg: TrainConfig) -> None:
     """Runs, or resumes, the run of `cfg.run.dir`. Raises ValueError or FileNotFoundError for what a user can mend."""
     hosts.start(cfg.hosts)
-    memory_of_device = hosts.memory()
-    score_group, device_mesh, local, policy, tasks = hosts.together(lambda: prepare(cfg, memory_of_device))
-    hosts.agree(lambda: inputs.identity(cfg, policy, tasks))
+    score_group = hosts.together(lambda: check(cfg))
+    most = cfg.rollout.max_prompt_tokens
+    ready = begin(
+        cfg,
+        lambda policy: inputs.load_tasks(cfg.data, policy, most, cfg.run.seed, cfg.validation.limit),
+        most + cfg.rollout.max_response_tokens,
+        "--rollout.max_prompt_tokens and --rollout.max_response_tokens",
+        cfg.rollout.tensor,
+    )
+    policy, tasks = ready.policy, ready.tasks
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.rollout.prompts_per_step)
-    introduce(cfg, policy, tasks, steps, device_mesh)
-    objective = objective_of(cfg, device_mesh, policy.model)
-    run = open_run(
-        cfg, "grpo_jax.train", policy, tasks, objective, steps * minibatches(cfg), device_mesh, local
-    )  # fmt: skip
+    introduce(cfg, policy, tasks, steps, ready.mesh)
+    run = open_run(cfg, "grpo_jax.train", ready, objective_of(cfg, ready.mesh, policy.model), steps * minibatches(cfg))
     sampling = sampling_of(cfg.rollout, run)
     with guarded(run), Progress(steps, run.step) as show:
         if "pending" in run.meta:  # it was stopped in the validation of its last step
@@ -113,22 +117,6 @@ def train(cfg: TrainConfig) -> None:
                 row |= validate(run, tasks.validation, sampling, score_group, show)
             end_step(run, show, row, step == steps)
     finish(run)
-
-
-def prepare(cfg: TrainConfig, memory_of_device: int | None) -> tuple[Reward, Mesh, Mesh, Policy, Tasks]:
-    """What a run needs besides its weights, the meshes of learner and sampler among it.
-
-    Whatever a user must mend is refused here, before anything is compiled. `memory_of_device` as `hosts.memory` tells it.
-    """
-    score_group = check(cfg)
-    policy = inputs.load_policy(cfg.model.path)
-    device_mesh = mesh.make(mesh.chosen(cfg.mesh, policy.model, mesh.extents(), memory_of_device, lora=cfg.lora.rank > 0))
-    mesh.shardings(device_mesh, policy.model)  # refuses what does not divide
-    local = sampler_mesh(policy.model, inputs.compute_dtype(cfg.learner), cfg.rollout.tensor, memory_of_device)
-    longest = cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
-    inputs.check_context(policy, longest, "--rollout.max_prompt_tokens and --rollout.max_response_tokens")
-    tasks = inputs.load_tasks(cfg.data, policy, cfg.rollout.max_prompt_tokens, cfg.run.seed, cfg.validation.limit)
-    return score_group, device_mesh, local, policy, tasks
 
 
 def check(cfg: TrainConfig) -> Reward:
@@ -250,15 +238,19 @@ def exchange(
         told = hosts.gather(found, arrays)
     if any(one["stopped"] for one, _ in told):
         raise hosts.Stopped
-    prompts = [[task.prompt for task in tasks[i :: len(told)]] for i in range(len(told))]
-    shares = [
-        list(zip(ragged(some, arrays), one["texts"], one["scores"], strict=True))
-        for some, (one, arrays) in zip(prompts, told, strict=True)
-    ]
+    return assembled(tasks, told)
+
+
+def assembled(tasks: Sequence[Task], told: Sequence[tuple[dict[str, Any], dict[str, np.ndarray]]]) -> Batch:
+    """The batch from what every host has `told` of its share."""
+    shares = []
+    for i, (found, arrays) in enumerate(told):
+        groups = ragged([task.prompt for task in tasks[i :: len(told)]], arrays)
+        shares.append(list(zip(groups, found["texts"], found["scores"], strict=True)))
     groups, texts, scores = (list(x) for x in zip(*hosts.whole(shares), strict=True))
     scored = [[Scored(value, reason, {}) for value, reason in row] for row in scores]
-    usage = Usage(*(sum(one["usage"][i] for one, _ in told) for i in range(2)))
-    return Batch(tasks, groups, texts, scored, usage, max(one["seconds"] for one, _ in told))
+    usage = Usage(*(sum(found["usage"][i] for found, _ in told) for i in range(2)))
+    return Batch(tasks, groups, texts, scored, usage, max(found["seconds"] for found, _ in told))
 
 
 def respond(

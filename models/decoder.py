@@ -356,6 +356,11 @@ def shapes(config: DecoderConfig) -> Params:
     return nnx.to_pure_dict(_graph(config)[1])
 
 
+def parameters(config: DecoderConfig) -> int:
+    """How many there are."""
+    return sum(x.size for x in jax.tree.leaves(shapes(config)))
+
+
 def logical_axes(config: DecoderConfig) -> Params:
     """The parameters' tree with a tuple of logical axis names for each array; read by grpo_jax.mesh."""
     return nnx.to_pure_dict(

@@ -68,6 +68,11 @@ def init(config: DecoderConfig, lora: Lora, key: Array) -> Params:
     return _tree(lora, pair)
 
 
+def shapes(config: DecoderConfig, lora: Lora) -> Params:
+    """The adapters as `jax.ShapeDtypeStruct`s."""
+    return jax.eval_shape(lambda: init(config, lora, jax.random.key(0)))
+
+
 def logical_axes(config: DecoderConfig, lora: Lora) -> Params:
     """The adapters' tree with a tuple of logical axis names for each array; those of a matrix are its own, and `rank`."""
     axes = decoder.logical_axes(config)["layers"]

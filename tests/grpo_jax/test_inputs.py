@@ -128,9 +128,9 @@ def test_remat_follows_the_kernel_unless_it_is_given():
 
 
 def test_more_tokens_than_the_model_was_made_for_are_refused(policy):
-    inputs.check_context(policy, policy.model.max_positions, "--these")
+    inputs.check_context(policy.path, policy.model, policy.model.max_positions, "--these")
     with pytest.raises(ValueError, match="--these allow 1,025 tokens; .* is made for 1,024; lower them"):
-        inputs.check_context(policy, policy.model.max_positions + 1, "--these")
+        inputs.check_context(policy.path, policy.model, policy.model.max_positions + 1, "--these")
 
 
 @pytest.mark.parametrize("preset", [name for name in config.PRESETS[config.TrainConfig] if name != "demo"])
