@@ -77,7 +77,7 @@ def compare(config: Any, program: str) -> list[str]:
         raise ValueError(f"{file}: not the config of a run; choose another --run.dir, or delete the folder") from None
     if owner != program:
         raise ValueError(f"{folder} holds a run of {owner}, not of {program}; choose another --run.dir")
-    identity, changed = configs.differences(before, configs.to_dict(config))
+    identity, changed = configs.differences(before, config)
     if identity:
         raise ValueError(
             f"{folder} holds a run with other values of {'; '.join(identity)}; give the old values, or another --run.dir"

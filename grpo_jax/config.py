@@ -17,7 +17,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -84,22 +84,40 @@ class Rollout:
     once a run. No sample depends on it; lower it if memory runs out while sampling."""
     tensor: int | None = None
     """Devices of a host that share one copy of the weights while sampling. Left out: as few as hold it."""
+    refills: int = 0
+    """Above 0: groups of equal rewards, which teach nothing, are replaced by those of the next prompts, for which up to so many
+    more batches are sampled a step (DAPO's dynamic sampling). Worth it where `groups/zero_variance` is high."""
 
 
 @dataclass(frozen=True)
 class Reward:
     kind: str = "binary"
     """binary, binary_no_reasoning, format, format_and_names, lexicographic; or your own, as `package.module:function`."""
+    overlong_margin: int = 0
+    """Above 0: in training, responses that come within so many tokens of --rollout.max_response_tokens lose up to
+    `overlong_penalty`, evenly growing (DAPO), so that length is learned before it is cut. 0: off."""
+    overlong_penalty: float = 1.0
+    """What a response of full length loses."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    normalize: Literal["std", "mean_only"] = "std"
-    """std divides a group's centred rewards by their standard deviation; mean_only leaves them (Dr. GRPO)."""
+    normalize: Literal["std", "mean_only", "rloo"] = "std"
+    """std divides a group's centred rewards by their standard deviation; mean_only leaves them (Dr. GRPO); rloo compares each
+    with the mean of the others."""
+    objective: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """ppo clips each token's ratio to the sampling policy; gspo that of the whole response (steadier for long ones; wants edges
+    of 3e-4 and 4e-4 and the mean by sequence: see the preset); cispo weighs every token by its clipped ratio and drops none."""
+    mean: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """token_mean: every token of a mini-batch counts alike, so long responses count more. sequence_mean: every response does.
+    constant: as token_mean, but divided by the responses and --rollout.max_response_tokens, not by the tokens (Dr. GRPO)."""
     clip_low: float = 0.2
     """The ratio to the sampling policy is clipped at 1 - clip_low ..."""
     clip_high: float = 0.2
     """... and 1 + clip_high. Larger than clip_low keeps entropy up (DAPO)."""
+    importance_cap: float = 0.0
+    """Above 0, with --learner.recompute_old_logp: tokens are weighed by how much likelier they are to the learner than to the
+    sampler, up to this (2, say). For when `rollout/logp_mismatch` is not small. 0: off."""
     kl_coefficient: float = 1e-3
     """Weight of the KL term against the initial policy. 0 needs no reference model: less memory, a faster step."""
     kl_kind: Literal["k3", "k1", "k2"] = "k3"
@@ -275,6 +293,8 @@ OPERATIONAL = (
 _FROM_0 = (
     "run.seed",
     "rollout.top_k",
+    "rollout.refills",
+    "reward.overlong_margin",
     "hosts.index",
     "lora.rank",
     "validation.every",
@@ -287,9 +307,12 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """("field: old -> new" of identity fields, the same of operational ones) between two configs as plain JSON."""
-    old, new = flat(before), flat(now)
+def differences(before: dict[str, Any], config: Any) -> tuple[list[str], list[str]]:
+    """("field: old -> new" of identity fields, the same of operational ones) between a config as plain JSON and one.
+
+    A field that `before` lacks is newer than it, and had then what is its default.
+    """
+    old, new = flat(to_dict(type(config)())) | flat(before), flat(to_dict(config))
     identity, operational = [], []
     for name in dict.fromkeys([*old, *new]):
         if old.get(name) != new.get(name):
@@ -348,6 +371,17 @@ def tool_n1(model: str, max_response_tokens: int = 8192) -> Callable[[], TrainCo
     )
 
 
+def variant(base: Callable[[], TrainConfig], name: str, **sections: dict[str, Any]) -> Callable[[], TrainConfig]:
+    """Another algorithm on a preset's model: some fields of its sections replaced."""
+
+    def made() -> TrainConfig:
+        config = base()
+        changed = {section: replace(getattr(config, section), **fields) for section, fields in sections.items()}
+        return replace(config, run=replace(config.run, dir=f"runs/{name}"), **changed)
+
+    return made
+
+
 def demo_sft() -> SftConfig:
     """A few minutes of supervised training of the demo model on its own tasks, right replies only."""
     return SftConfig(
@@ -361,6 +395,8 @@ def demo_sft() -> SftConfig:
     )
 
 
+_7B = tool_n1("Qwen/Qwen2.5-7B-Instruct")
+
 PRESETS: dict[type, dict[str, Callable[[], Any]]] = {
     TrainConfig: {
         "demo": demo,
@@ -368,6 +404,22 @@ PRESETS: dict[type, dict[str, Callable[[], Any]]] = {
         "tool-n1-llama-8b": tool_n1("meta-llama/Llama-3.1-8B-Instruct"),
         # It is made for 8192 positions; prompts may take half of them.
         "tool-n1-llama3-8b": tool_n1("meta-llama/Meta-Llama-3-8B-Instruct", max_response_tokens=4096),
+        # arXiv 2503.14476, section 4.1: no KL term, a higher upper edge, no group without a difference, a soft limit of length.
+        "dapo": variant(
+            _7B,
+            "dapo",
+            loss={"clip_high": 0.28, "kl_coefficient": 0.0},
+            rollout={"refills": 4},
+            reward={"overlong_margin": 2048},
+        ),
+        # arXiv 2503.20783, section 3.2 and appendix A: neither the spread of rewards nor the length of responses is divided by.
+        "dr-grpo": variant(_7B, "dr-grpo", loss={"normalize": "mean_only", "mean": "constant", "kl_coefficient": 0.0}),
+        # arXiv 2507.18071, section 5.1.
+        "gspo": variant(
+            _7B,
+            "gspo",
+            loss={"objective": "gspo", "mean": "sequence_mean", "clip_low": 3e-4, "clip_high": 4e-4, "kl_coefficient": 0.0},
+        ),
     },
     SftConfig: {"demo": demo_sft, "reason": SftConfig},
 }

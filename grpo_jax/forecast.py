@@ -166,9 +166,8 @@ def adapters_on(mesh: Mesh, model: DecoderConfig, settings: lora.Lora) -> Params
 def sums_on(mesh: Mesh, params: Params) -> learner.Sums:
     """The learner's sums, likewise."""
     sums = jax.eval_shape(learner.zeros, params)
-    rest = _on([sums.count] * 7, NamedSharding(mesh, PartitionSpec()))
     gradient = jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding), sums.gradient, params)
-    return learner.Sums(gradient, *rest)
+    return replace(_on(replace(sums, gradient=None), NamedSharding(mesh, PartitionSpec())), gradient=gradient)
 
 
 def pack_on(mesh: Mesh, pack: Pack, reference: bool) -> Pack:

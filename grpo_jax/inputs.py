@@ -2,7 +2,7 @@
 
 load_policy   a Hugging Face folder or hub id -> Policy, its parameters on the mesh
 load_tasks    a file, a folder, a hub id or `demo` -> Tasks: examples with their prompt ids, split and counted
-batch         which tasks a step takes: a fixed shuffled order of each epoch, a function of (seed, step) alone
+batch         the tasks from a place on: a fixed shuffled order of each epoch, a function of the seed and the place alone
 """
 
 from __future__ import annotations
@@ -178,9 +178,9 @@ def _examples(settings: config.Data, seed: int, limit: int) -> tuple[list[Exampl
     return *jsonl.split(loaded.examples, settings.validation_fraction, seed), loaded.dropped
 
 
-def batch(tasks: Sequence[Task], size: int, seed: int, step: int) -> list[Task]:
-    """The tasks of step 1, 2, ...: consecutive places of an endless order, each epoch a shuffle of its own."""
-    places = range((step - 1) * size, step * size)
+def batch(tasks: Sequence[Task], size: int, seed: int, place: int) -> list[Task]:
+    """The next `size` tasks from a place on, from 0, of an endless order, in which each epoch is a shuffle of its own."""
+    places = range(place, place + size)
     orders = {
         epoch: np.random.default_rng([seed, epoch]).permutation(len(tasks)) for epoch in {p // len(tasks) for p in places}
     }

@@ -36,10 +36,13 @@ from models.lora import Lora
 class Objective:
     """What is minimised, and how it is computed; static under jit."""
 
-    kind: str = "grpo"  # "grpo", or "cross_entropy" (SFT: -logp of the response)
+    kind: str = "ppo"  # the token's clipped ratio; "gspo", "cispo"; or "cross_entropy" (SFT: -logp of the response)
     temperature: float = 1.0
     clip_low: float = 0.2
     clip_high: float = 0.2
+    mean: str = "token_mean"  # how tokens are weighed, see grpo_jax.loss.token_weights
+    longest: int = 1  # tokens of a response, of the mean "constant"
+    importance_cap: float = 0.0  # of the weight that corrects for the sampler; 0: no such weight
     kl_coefficient: float = 0.0
     kl_kind: str = "k3"
     entropy_coefficient: float = 0.0
@@ -53,11 +56,12 @@ class Objective:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sums:
-    """Running sums over the response tokens of a mini-batch; divided once, by `count`."""
+    """Running sums over the response tokens of a mini-batch; divided once, the first two by `count`, the others by `tokens`."""
 
     gradient: Params
-    count: Array
     loss: Array
+    count: Array  # what the tokens count together in the mean of the loss; their number, in a mean over tokens
+    tokens: Array
     kl: Array
     entropy: Array
     clipped: Array
@@ -69,7 +73,7 @@ def zeros(params: Params) -> Sums:
     """The empty sums, gradients in at least float32, laid out like the parameters."""
     like = lambda p: jnp.zeros_like(p, attention.wide(p.dtype))  # noqa: E731
     dtype = attention.wide(jax.tree.leaves(params)[0].dtype)
-    return Sums(jax.tree.map(like, params), *(jnp.zeros((), dtype) for _ in range(7)))
+    return Sums(jax.tree.map(like, params), *(jnp.zeros((), dtype) for _ in range(8)))
 
 
 def cast(params: Params, dtype: str) -> Params:
@@ -102,25 +106,61 @@ def _chunk(objective: Objective, pack: Pack) -> int:
 def logprobs(model: DecoderConfig, objective: Objective, params: Params, pack: Pack, frozen: Params | None = None) -> Array:
     """Log-probs [B, M] of the response tokens of a pack; the value at masked places has no meaning."""
     x, weights = _response_states(model, objective, _whole(objective, params, frozen), pack)
+    return _token_logprobs(objective, pack, weights, x)
+
+
+def _token_logprobs(objective: Objective, pack: Pack, weights: Array, x: Array) -> Array:
     head = functools.partial(token_logprobs, temperature=objective.temperature, chunk=_chunk(objective, pack))
     return jax.vmap(lambda x, target: head(weights, x, target)[0])(x, pack.target)
 
 
-def _per_token(objective: Objective, logp: Array, entropy: Array, pack: Pack) -> tuple[Array, dict[str, Array]]:
-    """(loss, {name: what is noted}) of some tokens, each [m] and 0 where masked; `pack` holds what it knows of these tokens."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Given:
+    """What the loss of a token depends on besides its own log-prob and entropy."""
+
+    pack: Pack  # of it: what is [B, M]
+    weight: Array | None  # [B, M]  of its place in the mean; None: 1
+    log_ratio: Array | None  # [B, M]  of its whole response, for "gspo"
+
+
+def _given(objective: Objective, pack: Pack, weights: Array, x: Array) -> tuple[Given, Array]:
+    """(what is known of the tokens, what they count together); weights and x as `_response_states` returns them."""
+    weight, count = loss.token_weights(pack.mask, objective.mean, pack.response, objective.longest)
+    log_ratio = None
+    if objective.kind == "gspo":  # of whole responses, so before the head's chunks are gone through
+        logp = _token_logprobs(objective, pack, weights, x)
+        log_ratio = loss.sequence_log_ratio(logp, pack.old_logp, pack.mask, pack.response)
+    of_tokens = replace(pack, tokens=None, positions=None, layout=None, source=None, target=None)
+    return Given(of_tokens, None if objective.mean == "token_mean" else weight, log_ratio), count
+
+
+def _per_token(objective: Objective, logp: Array, entropy: Array, given: Given) -> tuple[Array, dict[str, Array]]:
+    """(loss, {name: what is noted}) of some tokens, each [m] and 0 where masked."""
+    pack = given.pack
     masked = lambda x: jnp.where(pack.mask, x, 0)  # noqa: E731
     notes = {"entropy": entropy, "mismatch": jnp.abs(logp - pack.sampler_logp)}
     if objective.kind == "cross_entropy":
         return masked(-logp), jax.tree.map(masked, notes | {"kl": jnp.zeros_like(logp), "clipped": jnp.zeros_like(logp)})
-    token_loss, clipped = loss.token_objective(
-        logp, pack.old_logp, pack.advantage, clip_low=objective.clip_low, clip_high=objective.clip_high
-    )
+    edges = {"clip_low": objective.clip_low, "clip_high": objective.clip_high}
+    match objective.kind:
+        case "ppo":
+            token_loss, clipped = loss.token_objective(logp, pack.old_logp, pack.advantage, **edges)
+        case "gspo":
+            log_ratio = loss.straight(given.log_ratio, logp)
+            token_loss, clipped = loss.token_objective(log_ratio, jnp.zeros_like(logp), pack.advantage, **edges)
+        case "cispo":
+            token_loss, clipped = loss.cispo_objective(logp, pack.old_logp, pack.advantage, **edges)
+    if objective.importance_cap:
+        token_loss *= loss.importance_weight(pack.old_logp, pack.sampler_logp, objective.importance_cap)
     kl = jnp.zeros_like(logp)
     if pack.ref_logp is not None:
         kl = loss.kl_estimate(logp, pack.ref_logp, kind=objective.kl_kind)
         token_loss += objective.kl_coefficient * kl
     if objective.entropy_coefficient:
         token_loss -= objective.entropy_coefficient * entropy
+    if given.weight is not None:
+        token_loss *= given.weight
     return masked(token_loss), jax.tree.map(masked, notes | {"kl": kl, "clipped": clipped.astype(logp.dtype)})
 
 
@@ -129,7 +169,6 @@ def accumulate(
     model: DecoderConfig, objective: Objective, params: Params, sums: Sums, pack: Pack, frozen: Params | None = None
 ) -> Sums:
     """The sums with one micro-batch added; `sums` is donated. Of `frozen` no gradient is computed."""
-    of_tokens = replace(pack, tokens=None, positions=None, layout=None, source=None, target=None)  # arrays [B, M]
     head = functools.partial(
         token_losses, functools.partial(_per_token, objective),
         temperature=objective.temperature, chunk=_chunk(objective, pack),
@@ -137,14 +176,16 @@ def accumulate(
 
     def total(params):
         x, weights = _response_states(model, objective, _whole(objective, params, frozen), pack)
-        losses, notes = jax.vmap(lambda *of_row: head(weights, *of_row))(x, pack.target, of_tokens)
-        return losses.sum(), notes
+        given, count = _given(objective, pack, *jax.lax.stop_gradient((weights, x)))
+        losses, notes = jax.vmap(lambda *of_row: head(weights, *of_row))(x, pack.target, given)
+        return losses.sum(), (count, notes)
 
-    (value, notes), gradient = jax.value_and_grad(total, has_aux=True)(params)
+    (value, (count, notes)), gradient = jax.value_and_grad(total, has_aux=True)(params)
     return Sums(
         jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums.gradient, gradient),
-        sums.count + pack.mask.sum(),
         sums.loss + value,
+        sums.count + count,
+        sums.tokens + pack.mask.sum(),
         sums.kl + notes["kl"].sum(),
         sums.entropy + notes["entropy"].sum(),
         sums.clipped + notes["clipped"].sum(),
@@ -192,15 +233,15 @@ def update(
 def step_metrics(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The metrics of a rollout from what its optimizer steps returned, in order: sums over all of them, divided once."""
     total = lambda name: sum(float(s[name]) for s in steps)  # noqa: E731
-    count = max(total("count"), 1.0)
+    tokens = max(total("tokens"), 1.0)
     first = steps[0]  # later ones compare the sampler with a policy that has moved on
     return {
-        "loss": total("loss") / count,
-        "kl/mean": total("kl") / count,
-        "entropy/mean": total("entropy") / count,
-        "clip_fraction": total("clipped") / count,
+        "loss": total("loss") / max(total("count"), 1.0),
+        "kl/mean": total("kl") / tokens,
+        "entropy/mean": total("entropy") / tokens,
+        "clip_fraction": total("clipped") / tokens,
         "grad_norm": total("grad_norm") / len(steps),
-        "rollout/logp_mismatch": float(first["mismatch"]) / max(float(first["count"]), 1.0),
+        "rollout/logp_mismatch": float(first["mismatch"]) / max(float(first["tokens"]), 1.0),
         "rollout/logp_mismatch_max": float(first["mismatch_max"]),
     }
 

@@ -1,12 +1,21 @@
-"""The mathematics of GRPO, as pure functions of arrays: advantages, clipped objective, KL estimators, entropy.
+"""The mathematics of GRPO and its kin, as pure functions of arrays: advantages, objectives, means, KL estimators, entropy.
 
-Every reduction returns (sum, count) and is divided once, by whoever holds the whole mini-batch; so no result depends on
-how a batch was cut. Departures from the released Tool-N1 code, which averages inside each micro-batch: the mean runs over
-all response tokens of the mini-batch. Exponents are clamped before `exp`, so that gradients stay finite far from the edges.
+    advantages   group_advantages
+    objectives   token_objective (PPO's, GRPO's), the same of sequence_log_ratio (GSPO), cispo_objective; importance_weight
+    means        token_weights, aggregate: over tokens, over responses, or over responses of a constant length (Dr. GRPO)
+    the rest     kl_estimate, entropy, overlong
+
+The defaults are Tool-N1's. Every reduction returns (sum, count) and is divided once, by whoever holds the whole mini-batch; so
+no result depends on how a batch was cut. Departures from the released Tool-N1 code, which averages inside each micro-batch:
+the mean runs over all response tokens of the mini-batch. Exponents are clamped before `exp`, so that gradients stay finite far
+from the edges.
 """
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -18,17 +27,25 @@ _LARGEST_KL = 10.0
 def group_advantages(rewards: Array, *, normalize: str = "std", eps: float = 1e-6) -> Array:
     """Advantages within each group: rewards [N, G] -> [N, G].
 
-    "std": (r - mean) / (std + eps) with the unbiased standard deviation (ddof = 1); "mean_only": r - mean. Exactly 0 where
-    the largest reward of a group equals the smallest, whatever rounding does to the mean; a group of one has mean 0 and
-    standard deviation 1. Source: Tool-N1, section 3.1 and its released code. Raises ValueError for another `normalize`.
+    "std": (r - mean) / (std + eps) with the unbiased standard deviation (ddof = 1); "mean_only": r - mean (Dr. GRPO,
+    arXiv 2503.20783, section 3.2); "rloo": r - the mean of the others, which is G / (G - 1) times that (RLOO,
+    arXiv 2402.14740, section 3.3). Exactly 0 where the largest reward of a group equals the smallest, whatever rounding does
+    to the mean; a group of one has mean 0 and standard deviation 1. Source: Tool-N1, section 3.1 and its released code.
+    Raises ValueError for another `normalize`.
     """
-    if normalize not in ("std", "mean_only"):
-        raise ValueError(f"normalize = {normalize!r}: use 'std' or 'mean_only'")
+    if normalize not in ("std", "mean_only", "rloo"):
+        raise ValueError(f"normalize = {normalize!r}: use 'std', 'mean_only' or 'rloo'")
     rewards = jnp.asarray(rewards, jnp.promote_types(jnp.asarray(rewards).dtype, jnp.float32))
     if rewards.shape[1] == 1:
         return rewards / (1 + eps) if normalize == "std" else rewards
     centred = rewards - rewards.mean(1, keepdims=True)
-    scaled = centred / (jnp.std(rewards, axis=1, ddof=1, keepdims=True) + eps) if normalize == "std" else centred
+    match normalize:
+        case "std":
+            scaled = centred / (jnp.std(rewards, axis=1, ddof=1, keepdims=True) + eps)
+        case "mean_only":
+            scaled = centred
+        case "rloo":
+            scaled = centred * (rewards.shape[1] / (rewards.shape[1] - 1))
     equal = rewards.max(1, keepdims=True) == rewards.min(1, keepdims=True)
     return jnp.where(equal, 0.0, scaled)
 
@@ -47,13 +64,95 @@ def token_objective(
     return jnp.maximum(plain, limited), limited > plain
 
 
-def aggregate(x: Array, mask: Array, kind: str = "token_mean") -> tuple[Array, Array]:
-    """(sum, count) of x over the true places of mask, both of the shape of x; their quotient is the mean over tokens."""
-    if kind != "token_mean":
-        raise ValueError(f"kind = {kind!r}: the only aggregation is 'token_mean'")
+def sequence_log_ratio(logp: Array, old_logp: Array, mask: Array, response: Array) -> Array:
+    """The log of GSPO's ratio, at each token of its response: the mean of logp - old_logp over that response.
+
+    All [..., M], `response` as in `token_weights`; masked places hold 0. Source: GSPO, arXiv 2507.18071, equation 7.
+    """
+    return _total(jnp.where(mask, logp - old_logp, 0), response) * _share(mask, response)
+
+
+def straight(log_ratio: Array, logp: Array) -> Array:
+    """log_ratio [...] in value, with the gradient of logp [...].
+
+    So every token of a response can carry the ratio of the whole, and the gradient of its own log-prob; the mean over the
+    response then has the gradient of GSPO. Source: GSPO, arXiv 2507.18071, equations 14 and 15.
+    """
+    return jax.lax.stop_gradient(log_ratio - logp) + logp
+
+
+def cispo_objective(
+    logp: Array, old_logp: Array, advantages: Array, *, clip_low: float = 0.2, clip_high: float = 0.2
+) -> tuple[Array, Array]:
+    """REINFORCE weighted by the clipped ratio, of which no gradient is taken: -clip(ratio) * A * logp; no token is left out.
+
+    Shapes as in `token_objective`; clipped: where the ratio lies outside. The paper has no lower bound (clip_low = 1).
+    Source: CISPO, in MiniMax-M1, arXiv 2506.13585, equations 4 and 5.
+    """
+    ratio = jnp.exp(jnp.clip(logp - old_logp, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO))
+    limited = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    return -jax.lax.stop_gradient(limited) * advantages * logp, limited != ratio
+
+
+def importance_weight(old_logp: Array, sampler_logp: Array, cap: float) -> Array:
+    """min(exp(old_logp - sampler_logp), cap) of each token: corrects for a sampler that is not quite the old policy.
+
+    All [...]; a constant to the gradient. Source: Yao et al., "Your efficient RL framework secretly brings you off-policy RL
+    training" (2025), truncated importance sampling.
+    """
+    ratio = jnp.exp(jnp.clip(old_logp - sampler_logp, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO))
+    return jax.lax.stop_gradient(jnp.minimum(ratio, cap))
+
+
+def overlong(lengths: Array, longest: int, margin: int) -> Array:
+    """DAPO's soft punishment of long responses: int [...] -> [...], 0 up to longest - margin tokens, then evenly down to -1.
+
+    Source: DAPO, arXiv 2503.14476, equation 13.
+    """
+    return jnp.clip((longest - margin - jnp.asarray(lengths)) / margin, -1.0, 0.0)
+
+
+def token_weights(
+    mask: Array, kind: str = "token_mean", response: Array | None = None, longest: int | None = None
+) -> tuple[Array, Array]:
+    """(what each token counts in a mean [..., M], what all of them count together); 0 where mask [..., M] is false.
+
+    "token_mean": 1 a token, together their number. "sequence_mean": 1 / tokens of its response, together the number of
+    responses (GRPO as first published, arXiv 2402.03300, equation 3). "constant": 1 / longest, together the number of
+    responses, so that a long response counts more (Dr. GRPO, arXiv 2503.20783, appendix A). response: int [..., M], which
+    of its row a token belongs to, from 0 to below M. Raises ValueError for another `kind`.
+    """
+    match kind:
+        case "token_mean":
+            return mask, mask.sum()
+        case "sequence_mean":
+            share = _share(mask, response)
+            return share, share.sum()
+        case "constant":
+            return mask / longest, _share(mask, response).sum()
+    raise ValueError(f"kind = {kind!r}: use 'token_mean', 'sequence_mean' or 'constant'")
+
+
+def aggregate(
+    x: Array, mask: Array, kind: str = "token_mean", *, response: Array | None = None, longest: int | None = None
+) -> tuple[Array, Array]:
+    """(sum, count) of x over the true places of mask, both of the shape of x, weighed as `token_weights` says; their quotient
+    is the mean of that kind."""
     x = jnp.asarray(x)
     mask = jnp.broadcast_to(mask, x.shape)
-    return jnp.where(mask, x, 0).sum(), mask.sum()
+    weight, count = token_weights(mask, kind, response, longest)
+    return (jnp.where(mask, x, 0) * weight).sum(), count
+
+
+@functools.partial(jnp.vectorize, signature="(m),(m)->(m)")
+def _total(x: Array, response: Array) -> Array:
+    """At each place the sum of x over all places of the same response."""
+    return jnp.zeros_like(x).at[response].add(x)[response]
+
+
+def _share(mask: Array, response: Array) -> Array:
+    """1 / tokens of the response, at each true place of mask; else 0."""
+    return mask / jnp.maximum(_total(mask.astype(int), response), 1)
 
 
 def policy_loss(

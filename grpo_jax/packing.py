@@ -36,6 +36,7 @@ class Pack:
     source: jax.Array  # int32 [B, M]  index in the row of the token whose hidden state predicts ...
     target: jax.Array  # int32 [B, M]  ... this response token (the first of each response: the prompt's last token)
     mask: jax.Array  # bool [B, M]   a real response token
+    response: jax.Array  # int32 [B, M]  which response of its row it belongs to: the place in M where that begins
     advantage: jax.Array  # float [B, M]
     sampler_logp: jax.Array  # float [B, M]  log-prob under the distribution that was sampled
     old_logp: jax.Array  # float [B, M]  log-prob under the policy before this step's updates; the sampler's, or recomputed
@@ -168,7 +169,7 @@ def _row(groups: Sequence[Group], layout: PackLayout, t: int, m: int) -> Pack:
     tokens, positions = np.zeros(t, np.int32), np.zeros(t, np.int32)
     source, target, mask = np.zeros(m, np.int32), np.zeros(m, np.int32), np.zeros(m, bool)
     logp_dtype = groups[0].sampler_logp[0].dtype if groups else np.float32
-    advantage, sampler_logp = np.zeros(m, logp_dtype), np.zeros(m, logp_dtype)
+    advantage, sampler_logp, response = np.zeros(m, logp_dtype), np.zeros(m, logp_dtype), np.zeros(m, np.int32)
     at = 0
     for group, (prompt, responses) in zip(groups, _places(groups), strict=True):
         size = len(group.prompt)
@@ -178,8 +179,9 @@ def _row(groups: Sequence[Group], layout: PackLayout, t: int, m: int) -> Pack:
             tokens[here], positions[here] = ids, size + np.arange(len(ids))
             source[there] = np.concatenate([[prompt.stop - 1], np.arange(here.start, here.stop)])[: len(ids)]
             target[there], mask[there], sampler_logp[there] = ids, True, group.sampler_logp[j]
+            response[there] = there.start
             advantage[there] = 0.0 if group.advantages is None else group.advantages[j]
-    return Pack(tokens, positions, layout, source, target, mask, advantage, sampler_logp, sampler_logp.copy())
+    return Pack(tokens, positions, layout, source, target, mask, response, advantage, sampler_logp, sampler_logp.copy())
 
 
 def _tiles(groups: Sequence[Group], t: int, tile: tuple[int, int]) -> Tiles:

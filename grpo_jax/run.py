@@ -155,8 +155,8 @@ def open_run(config: Any, program: str, ready: Ready, objective: Objective, opti
     lock = hosts.together(lambda: checkpoint.claim(config, program) if hosts.is_main() else None)
     hosts.together(lambda: hosts.wait_for(folder / "config.json"))
     step = restored.step if restored else 0
-    if restored is not None and "pending" in restored.meta:
-        meta["pending"] = restored.meta["pending"]
+    if restored is not None:
+        meta |= {name: restored.meta[name] for name in ("place", "pending") if name in restored.meta}
     if restored is not None:
         before = restored.meta["resolved"]
         changed += [

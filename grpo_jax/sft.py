@@ -71,7 +71,7 @@ def sft(cfg: SftConfig) -> None:
             if any(asked for asked, _ in hosts.gather(run.stop.asked())):
                 raise hosts.Stopped
             clock = Clock()
-            batch = inputs.batch(tasks.train, cfg.batch.rows_per_step, cfg.run.seed, step)
+            batch = inputs.batch(tasks.train, cfg.batch.rows_per_step, cfg.run.seed, (step - 1) * cfg.batch.rows_per_step)
             show.phase("update")
             with clock.time("update"):
                 packed = pack(run, [group_of(task) for task in batch])

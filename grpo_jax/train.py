@@ -2,10 +2,10 @@
 
 From a prompt to a gradient:
 
-    rollout.sample          prompts -> groups of responses, each prompt computed once
-    score                   groups -> rewards, in plain Python on the host
-    exchange                the shares of several hosts -> the whole batch, on each
-    loss.group_advantages   rewards -> advantages
+    batch.draw              the next prompts -> a batch of groups with their advantages. Inside:
+        rollout.sample          prompts -> groups of responses, each prompt computed once
+        score                   groups -> rewards, in plain Python on the host
+        loss.group_advantages   rewards -> advantages
     packing.pack            groups -> packs of one compiled shape
     learner.update          packs -> gradient, optimizer step
 
@@ -19,22 +19,23 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from grpo_jax import checkpoint, config, console, hosts, inputs, learner, loss, mesh, metrics, reward, rollout
+from grpo_jax import checkpoint, config, console, hosts, inputs, learner, mesh, metrics, reward, rollout
+from grpo_jax.batch import Batch, draw, exchange, place
 from grpo_jax.config import TrainConfig
 from grpo_jax.console import Progress
-from grpo_jax.group import Group, flat, ragged
+from grpo_jax.group import Group
 from grpo_jax.inputs import Policy, Task, Tasks
 from grpo_jax.learner import Objective
 from grpo_jax.packing import Pack, Packed
-from grpo_jax.reward import Response, Reward, Scored
-from grpo_jax.rollout import Sampling, Usage
+from grpo_jax.reward import Reward
+from grpo_jax.rollout import Sampling
 from grpo_jax.run import (
     Clock,
     Run,
@@ -50,21 +51,8 @@ from grpo_jax.run import (
     padding,
     report,
     watch,
-    weights,
 )  # fmt: skip
-from models.decoder import DecoderConfig, Params
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What the policy made of some tasks, and what came of it; in the order of the tasks."""
-
-    tasks: Sequence[Task]
-    groups: list[Group]
-    texts: list[list[str]]
-    scored: list[list[Scored]]
-    usage: Usage  # of all hosts together
-    seconds: float  # of sampling, on the host that took longest
+from models.decoder import DecoderConfig
 
 
 def train(cfg: TrainConfig) -> None:
@@ -92,26 +80,20 @@ def train(cfg: TrainConfig) -> None:
             report(run, show, {"step": 0, **validate(run, tasks.validation, sampling, score_group, show)})
         for step in range(run.step + 1, steps + 1):
             clock = Clock()
-            prompts = inputs.batch(tasks.train, cfg.rollout.prompts_per_step, cfg.run.seed, step)
-            batch = exchange(run, prompts, sampling, score_group, show, "rollout", clock, step)
-            rewards = np.array([[s.value for s in row] for row in batch.scored])
-            advantages = np.asarray(loss.group_advantages(rewards, normalize=cfg.loss.normalize))
-            groups = [replace(g, advantages=a) for g, a in zip(batch.groups, advantages, strict=True)]
-            packed = pack_minibatches(run, groups)
+            sampled, batch = draw(run, tasks.train, sampling, score_group, show, clock, step)
+            packed = pack_minibatches(run, batch.groups)
             with clock.time("reference"):
                 minibatch_packs = add_reference(run, [one.packs for one in packed], show)
             with clock.time("update"):
                 learned = learn(run, minibatch_packs, show)
-            row = {
-                "step": step,
-                "epoch": step * len(prompts) / len(tasks.train),
-                **metrics.summarize(groups, batch.scored),
-                **learned,
-            }
-            row |= speeds(batch, clock) | padding(packed) | memory()
+            taken = place(run) + len(sampled.tasks)
+            row = {"step": step, "epoch": taken / len(tasks.train)}
+            row |= metrics.summarize(sampled.groups, sampled.scored) | learned
+            row |= speeds(sampled, batch, clock) | padding(packed) | memory()
             if run.log:
-                run.log.rollouts(rollout_rows(step, replace(batch, groups=groups), policy))
+                run.log.rollouts(rollout_rows(step, batch, policy))
             watch(run, row)
+            run.meta["place"] = taken
             if step == steps or (cfg.validation.every and step % cfg.validation.every == 0):
                 run.step, run.meta["pending"] = step, metrics.plain(row)
                 row |= validate(run, tasks.validation, sampling, score_group, show)
@@ -140,6 +122,20 @@ def check_options(cfg: TrainConfig) -> None:
         raise ValueError(
             "--rollout.group_size 1 with --loss.normalize std: one response has no spread to divide by; "
             "take 2 or more, or --loss.normalize mean_only"
+        )
+    if cfg.rollout.group_size == 1 and (cfg.rollout.refills or cfg.loss.skip_zero_variance):
+        raise ValueError(
+            "--rollout.group_size 1 with --rollout.refills or --loss.skip_zero_variance: the rewards of one response never "
+            "differ; take 2 or more"
+        )
+    if cfg.loss.importance_cap and not cfg.learner.recompute_old_logp:
+        raise ValueError(
+            "--loss.importance_cap compares the learner's log-probs with the sampler's: give --learner.recompute_old_logp, too"
+        )
+    if cfg.reward.overlong_margin > cfg.rollout.max_response_tokens:
+        raise ValueError(
+            f"--reward.overlong_margin {cfg.reward.overlong_margin} is more than --rollout.max_response_tokens "
+            f"{cfg.rollout.max_response_tokens}; lower it"
         )
     longest = cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
     if cfg.learner.tokens_per_microbatch < longest:
@@ -172,7 +168,8 @@ def objective_of(cfg: TrainConfig, device_mesh: Mesh, model: DecoderConfig, plat
     """`platform` as in grpo_jax.inputs.attention_kernel."""
     remat = inputs.remat(cfg.learner, inputs.attention_kernel(cfg.learner, model, platform))
     return Objective(
-        "grpo", cfg.rollout.temperature, cfg.loss.clip_low, cfg.loss.clip_high, cfg.loss.kl_coefficient, cfg.loss.kl_kind,
+        cfg.loss.objective, cfg.rollout.temperature, cfg.loss.clip_low, cfg.loss.clip_high, cfg.loss.mean,
+        cfg.rollout.max_response_tokens, cfg.loss.importance_cap, cfg.loss.kl_coefficient, cfg.loss.kl_kind,
         cfg.loss.entropy_coefficient, inputs.compute_dtype(cfg.learner), remat, mesh=device_mesh,
         lora=inputs.adapters(cfg.lora),
     )  # fmt: skip
@@ -198,106 +195,6 @@ def introduce(cfg: TrainConfig, policy: Policy, tasks: Tasks, steps: int, device
             ("devices", inputs.devices(device_mesh, cfg.learner, policy.model)),
         ],
     )
-
-
-def exchange(
-    run: Run,
-    tasks: Sequence[Task],
-    sampling: Sampling,
-    score_group: Reward,
-    show: Progress,
-    phase: str,
-    clock: Clock,
-    step: int = 0,
-) -> Batch:
-    """Responses of the present policy to the tasks, scored. Each host answers its share, and all then know the whole.
-
-    Raises `hosts.Stopped`, on all hosts, where one was asked to stop.
-    """
-    mine, attempts = hosts.share(tasks), hosts.share(rollout.attempts_of([task.prompt for task in tasks]))
-    found: dict[str, Any] = {"stopped": True}
-    arrays = {}
-    params = weights(run)
-    try:
-        with clock.time(phase):
-            groups, usage = respond(run, params, mine, attempts, sampling, show, phase, step)
-        with clock.time("reward"):
-            texts, scored = score(run.policy, mine, groups, score_group)
-        found = {
-            "stopped": run.stop.asked(),
-            "texts": texts,
-            "scores": [[(float(s.value), s.reason) for s in row] for row in scored],
-            "usage": (usage.row_steps, usage.tokens),
-            "seconds": clock.seconds[phase],
-        }
-        arrays = flat(groups)
-    except hosts.Stopped:
-        pass
-    del params
-    with clock.time("exchange"):  # with the wait for the host that takes longest
-        told = hosts.gather(found, arrays)
-    if any(one["stopped"] for one, _ in told):
-        raise hosts.Stopped
-    return assembled(tasks, told)
-
-
-def assembled(tasks: Sequence[Task], told: Sequence[tuple[dict[str, Any], dict[str, np.ndarray]]]) -> Batch:
-    """The batch from what every host has `told` of its share."""
-    shares = []
-    for i, (found, arrays) in enumerate(told):
-        groups = ragged([task.prompt for task in tasks[i :: len(told)]], arrays)
-        shares.append(list(zip(groups, found["texts"], found["scores"], strict=True)))
-    groups, texts, scores = (list(x) for x in zip(*hosts.whole(shares), strict=True))
-    scored = [[Scored(value, reason, {}) for value, reason in row] for row in scores]
-    usage = Usage(*(sum(found["usage"][i] for found, _ in told) for i in range(2)))
-    return Batch(tasks, groups, texts, scored, usage, max(found["seconds"] for found, _ in told))
-
-
-def respond(
-    run: Run,
-    params: Params,
-    tasks: Sequence[Task],
-    attempts: Sequence[int],
-    sampling: Sampling,
-    show: Progress,
-    phase: str,
-    step: int,
-) -> tuple[list[Group], Usage]:
-    """Responses to the prompts of this host's tasks; raises `hosts.Stopped` soon after the run was asked to stop."""
-
-    def progress(done: int, total: int) -> None:
-        show.phase(phase, done, total)
-        if run.stop.asked():
-            raise hosts.Stopped
-
-    return rollout.sample(
-        run.policy.model,
-        params,
-        [task.prompt for task in tasks],
-        sampling,
-        seed=run.config.run.seed,
-        step=step,
-        mesh=run.local,
-        kernel=run.kernel,
-        attempts=attempts,
-        progress=progress,
-    )
-
-
-def score(
-    policy: Policy, batch: Sequence[Task], groups: Sequence[Group], score_group: Reward
-) -> tuple[list[list[str]], list[list[Scored]]]:
-    """The texts of all responses, without their end-of-turn token, and their scores."""
-    texts, scored = [], []
-    for task, group in zip(batch, groups, strict=True):
-        ids = [r if cut else r[:-1] for r, cut in zip(group.responses, group.truncated, strict=True)]
-        # Special tokens stay: where a tokenizer calls the format's tags special, they must not vanish from the text.
-        # No cleaning: transformers 4 would, for Llama 3, take the space out of " ," and " .", inside arguments too.
-        decoded = [policy.tokenizer.decode(r, skip_special_tokens=False, clean_up_tokenization_spaces=False) for r in ids]
-        responses = [Response(t, len(r), cut) for t, r, cut in zip(decoded, group.responses, group.truncated, strict=True)]
-        texts.append(decoded)
-        scored.append(score_group(responses, task.example))
-    return texts, scored
 
 
 def pack_minibatches(run: Run, groups: Sequence[Group]) -> list[Packed]:
@@ -354,13 +251,14 @@ def validate(run: Run, tasks: Sequence[Task], sampling: Sampling, score_group: R
     }
 
 
-def speeds(batch: Batch, clock: Clock) -> dict[str, float]:
+def speeds(sampled: Batch, batch: Batch, clock: Clock) -> dict[str, float]:
     times = clock.metrics()
     learning = times["time/update"] + times["time/reference"]
     return {
         **times,
-        "rollout/tokens_per_second": batch.usage.tokens / batch.seconds,
-        "rollout/slot_utilization": batch.usage.tokens / batch.usage.row_steps,
+        "rollout/prompts": len(sampled.tasks),
+        "rollout/tokens_per_second": sampled.usage.tokens / sampled.seconds,
+        "rollout/slot_utilization": sampled.usage.tokens / sampled.usage.row_steps,
         "learner/tokens_per_second": sum(g.tokens for g in batch.groups) / learning,
     }
 

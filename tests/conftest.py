@@ -26,3 +26,11 @@ def tiny_model(tmp_path_factory) -> str:
     params = jax.tree.map(lambda x: 5 * x, decoder.init(config, jax.random.key(0)))  # larger: rewards and tokens vary
     hf.save(folder, config, params, tokenizer, dtype="float32")
     return str(folder)
+
+
+@pytest.fixture
+def quick():
+    """Leaves out the compiler's last efforts: these programs take seconds to compile and run once. Memory stays the same."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

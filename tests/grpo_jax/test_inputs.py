@@ -97,10 +97,11 @@ def test_the_demo_is_taught_with_its_thoughts(policy):
 
 def test_batches_take_every_row_once_an_epoch():
     tasks = list(range(10))
-    taken = [row for step in range(1, 6) for row in inputs.batch(tasks, 4, 0, step)]
+    taken = [row for place in range(0, 20, 4) for row in inputs.batch(tasks, 4, 0, place)]
     assert sorted(taken[:10]) == sorted(taken[10:]) == tasks and taken[:10] != taken[10:]
-    assert inputs.batch(tasks, 4, 0, 3) == taken[8:12] and inputs.batch(tasks, 4, 1, 3) != taken[8:12]
-    assert Counter(inputs.batch(tasks, 25, 0, 1)).most_common()[0][1] == 3
+    assert inputs.batch(tasks, 4, 0, 8) == taken[8:12] and inputs.batch(tasks, 4, 1, 8) != taken[8:12]
+    assert inputs.batch(tasks, 7, 0, 5) == taken[5:12]
+    assert Counter(inputs.batch(tasks, 25, 0, 0)).most_common()[0][1] == 3
 
 
 def test_steps_are_given_or_what_the_epochs_take():

@@ -104,10 +104,10 @@ def test_rewards_may_be_whole_numbers():
 
 def test_unknown_kinds_are_refused():
     x = jnp.zeros((1, 2))
-    with pytest.raises(ValueError, match="'zscore'.*'std' or 'mean_only'"):
+    with pytest.raises(ValueError, match="'zscore'.*'std', 'mean_only' or 'rloo'"):
         loss.group_advantages(x, normalize="zscore")
-    with pytest.raises(ValueError, match="'sequence_mean'.*'token_mean'"):
-        loss.aggregate(x, x > 0, kind="sequence_mean")
+    with pytest.raises(ValueError, match="'mean'.*'token_mean', 'sequence_mean' or 'constant'"):
+        loss.aggregate(x, x > 0, kind="mean")
     with pytest.raises(ValueError, match="'k4'.*'k3', 'k1' or 'k2'"):
         loss.kl_estimate(x, x, kind="k4")
 
@@ -333,3 +333,83 @@ def test_entropy_worked_by_hand(x64):
     p = np.exp(logits)
     want = -p * (logits + np.array([2, 1.75, 0])[:, None] * math.log(2))  # -p (log p + H)
     close(gradient, want, 1e-14)
+
+
+# The kin of GRPO
+
+
+@WAYS
+@pytest.mark.parametrize("group", [2, 5])
+def test_rloo_compares_with_the_mean_of_the_others(x64, way, group):
+    rewards = np.random.default_rng(group).normal(size=(4, group))
+    rewards[2] = 0.1
+    want = np.array([[r - np.delete(row, i).mean() for i, r in enumerate(row)] for row in rewards])
+    found = run(way, loss.group_advantages, rewards, normalize="rloo")
+    close(found, want)
+    np.testing.assert_array_equal(found[2], 0)
+
+
+RAGGED = (4, 1, 7, 3)  # tokens of the responses of one row
+
+
+def ragged_row(seed=3):
+    """(logp, old, advantage, mask, response), each [17], of four responses with two masked places after them."""
+    rng = np.random.default_rng(seed)
+    starts = np.cumsum([0, *RAGGED[:-1]])
+    response = np.concatenate([np.repeat(starts, RAGGED), [0, 0]])
+    advantage = np.concatenate([np.repeat(rng.normal(size=4), RAGGED), [0, 0]])
+    return *rng.normal(size=(2, 17)) * 0.3, advantage, np.arange(17) < 15, response
+
+
+@WAYS
+def test_the_ratio_of_a_response_is_the_geometric_mean_of_its_tokens(x64, way):
+    logp, old, _, mask, response = ragged_row()
+    found = np.asarray(run(way, loss.sequence_log_ratio, logp, old, mask, response))
+    parts = np.split((logp - old)[:15], np.cumsum(RAGGED)[:-1])
+    close(found, np.concatenate([*(np.full(len(p), p.mean()) for p in parts), [0, 0]]))
+    rows = [np.stack([x, x[::-1] if x.dtype == float else x]) for x in (logp, old, mask, response)]
+    assert run(way, loss.sequence_log_ratio, *rows).shape == (2, 17)
+
+
+def test_straight_has_one_value_and_another_gradient(x64):
+    value, slope = compiled(jax.value_and_grad(lambda logp: jnp.exp(loss.straight(0.5, logp))), -3.0)
+    close(jnp.stack([value, slope]), [math.exp(0.5), math.exp(0.5)])
+
+
+@WAYS
+def test_cispo_equals_the_formula_and_no_gradient_is_cut(x64, way):
+    logp, old, advantage, *_ = ragged_row()
+    weight = np.clip(np.exp(logp - old), 0.6, 1.2)
+    found, clipped = run(way, loss.cispo_objective, logp, old, advantage, clip_low=0.4, clip_high=0.2)
+    close(found, -weight * advantage * logp)
+    np.testing.assert_array_equal(clipped, weight != np.exp(logp - old))
+    slope = jax.grad(lambda x: loss.cispo_objective(x, old, advantage, clip_low=0.4, clip_high=0.2)[0].sum())(logp)
+    close(slope, -weight * advantage)
+    assert clipped[:15].any() and not clipped[:15].all()
+
+
+def test_importance_weights_are_capped_and_constant(x64):
+    old, sampler = jnp.array([-1.0, -1.0, -5.0, 300.0]), jnp.array([-1.5, -3.0, -1.0, -300.0])
+    close(compiled(loss.importance_weight, old, sampler, 2.0), [math.exp(0.5), 2.0, math.exp(-4), 2.0])
+    np.testing.assert_array_equal(jax.grad(lambda x: loss.importance_weight(x, sampler, 2.0).sum())(old), 0)
+
+
+def test_overlong_worked_by_hand():
+    """DAPO's own numbers, a fifth of them: up to 16384 of 20480 free, then evenly down to -1."""
+    found = loss.overlong(np.array([1, 16384, 17408, 18432, 20480, 30000]), 20480, 4096)
+    np.testing.assert_allclose(found, [0, 0, -0.25, -0.5, -1, -1])
+
+
+@WAYS
+@pytest.mark.parametrize("kind", ["token_mean", "sequence_mean", "constant"])
+def test_means_equal_the_formula(x64, way, kind):
+    x, _, _, mask, response = ragged_row()
+    parts = np.split(x[:15], np.cumsum(RAGGED)[:-1])
+    want = {
+        "token_mean": np.concatenate(parts).mean(),
+        "sequence_mean": np.mean([p.mean() for p in parts]),
+        "constant": sum(p.sum() for p in parts) / (4 * 9),
+    }
+    total, count = run(way, loss.aggregate, x, mask, kind=kind, response=response, longest=9)
+    close(total / count, want[kind])
+    close(count, 15 if kind == "token_mean" else 4)

@@ -239,7 +239,7 @@ def drawn(sizes):
     state = learner.init_state(narrow, params)
     gradient = jax.tree.map(lambda p: p * p, params)
     zero = jnp.zeros(())
-    _, state, _ = learner.apply(narrow, params, state, learner.Sums(gradient, zero + 7, *[zero] * 6))
+    _, state, _ = learner.apply(narrow, params, state, learner.Sums(gradient, zero, zero + 7, *[zero] * 6))
     assert {x.dtype for k in ("mu", "nu") for x in jax.tree.leaves(optax.tree.get(state, k))} == {jnp.dtype("bfloat16")}
     return jax.device_get([adapters(MODEL, LORA, jax.random.key(5)), optax.tree.get(state, "nu")])
 

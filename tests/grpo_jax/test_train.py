@@ -8,15 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 
 from data.example import make
-from grpo_jax import checkpoint, config, hosts, inputs, mesh, metrics, reward, rollout, train
+from grpo_jax import batch, config, hosts, inputs, mesh, reward, rollout, train
 from grpo_jax import run as run_module
 from grpo_jax.config import TrainConfig
 from grpo_jax.group import Group
@@ -24,29 +24,9 @@ from grpo_jax.inputs import Task
 from grpo_jax.learner import Objective
 from models import decoder, hf
 from scripts import export_hf
+from tests.grpo_jax.small_run import SMALL, STEPS, rows, small, words
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 6
-SMALL = {
-    "run.steps": STEPS,
-    "checkpoint.every": 2,
-    "validation.limit": 4,
-    "validation.every": 3,
-    "rollout.prompts_per_step": 3,
-    "rollout.group_size": 3,
-    "rollout.max_prompt_tokens": 400,
-    "rollout.max_response_tokens": 12,
-    "rollout.decode_steps_per_call": 4,
-    "learner.prompts_per_minibatch": 2,
-    "learner.tokens_per_microbatch": 2048,
-    "loss.kl_coefficient": 0.1,
-    "optimizer.learning_rate": 1e-3,
-    "reward.kind": "tests.grpo_jax.length_reward:score",
-}
-
-
-def words(options: dict) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def command(model: str, folder: Path, **options) -> list[str]:
@@ -85,12 +65,6 @@ def kill_when(process: subprocess.Popen, ready) -> None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-
-
-def rows(folder: Path) -> list[dict]:
-    """metrics.jsonl without what a clock or the machine's memory decides."""
-    timed = ("time/", "memory/", "rollout/tokens_per_second", "learner/tokens_per_second")
-    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in metrics.read(folder / "metrics.jsonl")]
 
 
 def assert_same(folder: Path, unbroken: Path) -> None:
@@ -230,6 +204,18 @@ def test_an_identity_field_refuses_and_an_operational_one_is_noted(tiny_model, e
     assert rows(folder)[: STEPS + 1] == rows(unbroken) and rows(folder)[-1]["step"] == STEPS + 1
 
 
+def test_a_field_that_a_run_is_older_than_had_its_default(tiny_model, unbroken, tmp_path):
+    folder = shutil.copytree(unbroken, tmp_path / "run")
+    before = json.loads((folder / "config.json").read_text())
+    del before["loss"]["objective"], before["lora"]
+    (folder / "config.json").write_text(json.dumps(before))
+    cfg = config.parse(TrainConfig, "grpo_jax.train", words({**SMALL, "model.path": tiny_model, "run.dir": str(folder)}))
+    identity, _ = config.differences({k: v for k, v in before.items() if k != "program"}, cfg)
+    assert identity == []
+    other = replace(cfg, loss=replace(cfg.loss, objective="gspo"))
+    assert config.differences(before, other)[0][0] == "loss.objective: ppo -> gspo"
+
+
 def test_another_model_in_the_same_place_refuses(tiny_model, environment, unbroken, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     first = run(command(str(model), tmp_path / "run", **{"run.steps": 1}), environment)
@@ -262,6 +248,10 @@ def refused(capsys, *arguments: str) -> str:
         (["--loss.normalize", "standard"], "'std', 'mean_only'"),
         (["--run.seed"], "--run.seed"),
         (["--rollout.group_size", "1"], "--loss.normalize mean_only"),
+        (["--rollout.group_size", "1", "--loss.normalize", "rloo", "--rollout.refills", "2"], "one response never"),
+        (["--loss.importance_cap", "2"], "give --learner.recompute_old_logp"),
+        (["--reward.overlong_margin", "97"], "--reward.overlong_margin 97 is more than"),
+        (["--loss.objective", "grpo"], "'ppo', 'gspo', 'cispo'"),
         (["--rollout.top_p", "0.9"], "--rollout.top_p must be 1"),
         (["--rollout.top_k", "5"], "--rollout.top_k 0"),
         (["--rollout.temperature", "0"], "above 0"),
@@ -337,135 +327,6 @@ def test_a_bug_shows_where_it_is_and_a_mistake_does_not(capsys):
         assert stop.value.code == code and capsys.readouterr().err == says
 
 
-# What a step does, in this process
-
-
-def small(model: str, folder: Path, **options) -> TrainConfig:
-    options = {**SMALL, "run.steps": 2, "validation.limit": 0, "model.path": model, "run.dir": str(folder), **options}
-    flags = [word for name, on in options.items() if isinstance(on, bool) for word in ([f"--{name}"] if on else [])]
-    valued = {name: value for name, value in options.items() if not isinstance(value, bool)}
-    return config.parse(TrainConfig, "grpo_jax.train", [*words(valued), *flags])
-
-
-def end_of(cfg: TrainConfig) -> tuple[list[dict], np.ndarray]:
-    train.train(cfg)
-    _, params = hf.load(Path(cfg.run.dir) / "hf")
-    return rows(Path(cfg.run.dir)), np.asarray(params["layers"]["attention"]["q"], np.float64)
-
-
-def test_old_log_probs_recomputed_are_those_of_the_sampler(tiny_model, tmp_path):
-    """In loss and gradient of one optimizer step; Adam's step in float32 would amplify their rounding."""
-    one = {"run.steps": 1, "learner.prompts_per_minibatch": 3}
-    sampled, _ = end_of(small(tiny_model, tmp_path / "a", **one))
-    computed, _ = end_of(small(tiny_model, tmp_path / "b", **one, **{"learner.recompute_old_logp": True}))
-    for name in ("reward/mean", "clip_fraction"):
-        assert computed[1][name] == sampled[1][name]
-    for name in ("loss", "grad_norm"):
-        assert computed[1][name] == pytest.approx(sampled[1][name], rel=1e-5, abs=1e-6)
-    assert sampled[1]["grad_norm"] > 1e-2
-
-
-def test_groups_of_equal_rewards_are_left_out_and_take_no_optimizer_step(tiny_model, tmp_path):
-    options = {"loss.skip_zero_variance": True, "reward.kind": "format", "optimizer.schedule": "cosine"}
-    found, after = end_of(small(tiny_model, tmp_path / "a", **options))
-    _, params = hf.load(tiny_model)
-    np.testing.assert_array_equal(after, np.asarray(params["layers"]["attention"]["q"]).astype(after.dtype))
-    assert [row.get("groups/zero_variance") for row in found] == [None, 1, 1]
-    assert [row["learning_rate"] for row in found] == [pytest.approx(1e-3)] * 3 and "grad_norm" not in found[-1]
-
-
-def test_each_pass_takes_its_optimizer_steps(tiny_model, tmp_path):
-    once, _ = end_of(small(tiny_model, tmp_path / "a", **{"run.steps": 1, "optimizer.schedule": "cosine"}))
-    twice, _ = end_of(
-        small(tiny_model, tmp_path / "b", **{"run.steps": 1, "optimizer.schedule": "cosine", "learner.passes": 2})
-    )
-    assert once[1]["learning_rate"] == pytest.approx(1e-3 * (1 + np.cos(np.pi * 1 / 2)) / 2)  # the second step of two
-    assert twice[1]["learning_rate"] == pytest.approx(1e-3 * (1 + np.cos(np.pi * 3 / 4)) / 2)  # the fourth of four
-    assert twice[1]["clip_fraction"] >= once[1]["clip_fraction"]
-
-
-def test_what_rests_in_host_memory_changes_nothing(tiny_model, tmp_path, monkeypatch):
-    """One step with both there, a restart, and one more with none, against two steps with none."""
-    resting, learn = [], train.learn
-    kinds = lambda tree: {x.sharding.memory_kind for x in jax.tree.leaves(tree)}  # noqa: E731
-
-    def watched(run, *rest):
-        found = learn(run, *rest)
-        resting.append([kinds(tree) for tree in (run.reference, run.state["optimizer"], run.state["params"])])
-        return found
-
-    monkeypatch.setattr(train, "learn", watched)
-    unbroken, want = end_of(small(tiny_model, tmp_path / "a"))
-    end_of(small(tiny_model, tmp_path / "b", **{"run.steps": 1, "learner.offload": "both"}))
-    continued, found = end_of(small(tiny_model, tmp_path / "b"))
-    assert continued == unbroken
-    np.testing.assert_array_equal(found, want)
-    host, device = {"pinned_host"}, {"device"}
-    assert resting == [[device] * 3, [device] * 3, [host, host, device], [device] * 3]
-
-
-ADAPTERS = {
-    "lora.rank": 4,
-    "lora.alpha": 8.0,
-    "lora.targets": "q_proj,v_proj,down_proj",
-    "optimizer.learning_rate": 1e-2,
-    "learner.prompts_per_minibatch": 3,  # one optimizer step a step: the first is taken where the policy is the reference
-}
-
-
-@pytest.fixture(scope="module")
-def adapted(tiny_model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "adapted"
-    train.train(small(tiny_model, folder, **ADAPTERS, **{"run.steps": 3, "validation.limit": 4}))
-    return folder
-
-
-def test_adapters_learn_and_the_model_beside_them_is_the_reference(adapted):
-    found = rows(adapted)
-    assert found[1]["kl/mean"] == pytest.approx(0, abs=1e-6) and found[3]["kl/mean"] > 1e-4
-    assert found[1]["grad_norm"] > 0 and found[1]["reward/mean"] != found[2]["reward/mean"]
-    assert all(row["rollout/logp_mismatch_max"] < 1e-4 for row in found[1:])  # merged or beside it: rounding
-
-
-def test_a_run_of_adapters_that_is_continued_ends_like_one_that_was_not_stopped(tiny_model, adapted, tmp_path):
-    folder = tmp_path / "run"
-    train.train(small(tiny_model, folder, **ADAPTERS, **{"run.steps": 1, "validation.limit": 4}))
-    train.train(small(tiny_model, folder, **ADAPTERS, **{"run.steps": 3, "validation.limit": 4}))
-    compared = lambda run: [{k: v for k, v in row.items() if not k.startswith("val/")} for row in rows(run)]  # noqa: E731
-    assert compared(folder) == compared(adapted)
-    for file in ("rollouts.jsonl", "hf/model.safetensors", "adapter/adapter_model.safetensors"):
-        assert (folder / file).read_bytes() == (adapted / file).read_bytes(), file
-
-
-def test_a_checkpoint_holds_the_adapters_alone_and_exports_as_the_run_does(tiny_model, adapted, tmp_path):
-    names = checkpoint.read_meta(adapted)["checksums"]
-    assert len([name for name in names if name.startswith("params/")]) == 6  # two factors of three targets
-    assert len([name for name in names if "/mu/" in name]) == 6
-    source = adapted / "checkpoints" / "3"
-    export_hf.export(export_hf.Args(source, tmp_path / "hf", "float32"))
-    export_hf.export(export_hf.Args(adapted, tmp_path / "adapter", adapter=True))
-    for file in ("hf/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
-        assert (tmp_path / file).read_bytes() == (adapted / file).read_bytes(), file
-    model, base = hf.load(tiny_model)
-    merged = hf.load(tmp_path / "hf")[1]
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), merged, base)["layers"]
-    assert moved["attention"] == {"q": True, "v": True} | dict.fromkeys(("k", "o", "q_bias", "k_bias", "v_bias"), False)
-    assert moved["ff"] == {"gate": False, "up": False, "down": True}
-
-
-def test_adapters_beside_another_model_are_refused(tiny_model, adapted, tmp_path, capsys):
-    folder, model = shutil.copytree(adapted, tmp_path / "run"), shutil.copytree(tiny_model, tmp_path / "model")
-    found, params = hf.load(model)
-    params["norm"]["scale"] = params["norm"]["scale"] * 2
-    hf.save(model, found, params, hf.load_tokenizer(model), dtype="float32")
-    file = folder / "config.json"  # the same path, for the run
-    file.write_text(file.read_text().replace(json.dumps(tiny_model), json.dumps(str(model))))
-    with pytest.raises(ValueError, match="began with another initial weights"):
-        train.train(small(str(model), folder, **ADAPTERS, **{"run.steps": 4}))
-    with pytest.raises(ValueError, match="lora.rank: 4 -> 5"):
-        train.train(small(str(model), folder, **ADAPTERS | {"lora.rank": 5}))
-
-
 def test_a_run_of_the_whole_model_has_no_adapter_to_export(unbroken, tmp_path):
     assert not (unbroken / "adapter").exists()
     with pytest.raises(ValueError, match="has no adapter; leave out --adapter"):
@@ -490,14 +351,14 @@ def test_an_interrupted_run_waits_for_its_last_save(tiny_model, tmp_path, monkey
 @pytest.mark.parametrize("call, saved", [(1, 0), (3, 1), (5, 3), (6, 3)], ids=["begin", "rollout", "validation", "after it"])
 def test_stopped_in_sampling_it_goes_on_as_if_it_had_not_been(call, saved, tiny_model, unbroken, tmp_path, monkeypatch):
     """Calls of the sampler: validation, steps 1, 2, 3, validation of step 3, steps 4, ..."""
-    calls, respond = iter(range(1, 100)), train.respond
+    calls, respond = iter(range(1, 100)), batch.respond
 
     def stopped(*arguments):
         if next(calls) == call:
             raise hosts.Stopped
         return respond(*arguments)
 
-    monkeypatch.setattr(train, "respond", stopped)
+    monkeypatch.setattr(batch, "respond", stopped)
     options = {**SMALL, "model.path": tiny_model, "run.dir": str(tmp_path / "run")}
     cfg = config.parse(TrainConfig, "grpo_jax.train", words(options))
     with pytest.raises(SystemExit) as stop:
@@ -513,7 +374,7 @@ def test_a_row_that_waited_for_its_validation_is_written_once(tiny_model, unbrok
     """Stopped in the validation of step 3; resumed, and killed before the next checkpoint; resumed again."""
     options = {**SMALL, "checkpoint.every": 100, "model.path": tiny_model, "run.dir": str(tmp_path / "run")}
     cfg = config.parse(TrainConfig, "grpo_jax.train", words(options))
-    respond = train.respond
+    respond = batch.respond
     for call, error in ((5, hosts.Stopped), (2, KeyboardInterrupt)):  # the second: after that validation, in step 4
         calls = iter(range(1, 100))
 
@@ -522,10 +383,10 @@ def test_a_row_that_waited_for_its_validation_is_written_once(tiny_model, unbrok
                 raise error
             return respond(*arguments)
 
-        monkeypatch.setattr(train, "respond", ended)
+        monkeypatch.setattr(batch, "respond", ended)
         with pytest.raises((SystemExit, KeyboardInterrupt)):
             train.train(cfg)
-    monkeypatch.setattr(train, "respond", respond)
+    monkeypatch.setattr(batch, "respond", respond)
     train.train(cfg)
     assert_same(tmp_path / "run", unbroken)
 
@@ -555,7 +416,7 @@ def test_responses_are_judged_as_they_were_sampled(tiny_model):
     ids = np.array([*policy.tokenizer(text, add_special_tokens=False)["input_ids"], policy.end_tokens[0]], np.int32)
     group = Group(ids[:1], (ids, ids[:-1]), (np.zeros(len(ids)), np.zeros(len(ids) - 1)), (False, True))
     task = Task(make([], [], [{"name": "f", "arguments": {"a": "yes , no ?"}}], "test"), ids[:1])
-    texts, scored = train.score(policy, [task], [group], reward.resolve("binary"))
+    texts, scored = batch.score(policy, [task], [group], reward.resolve("binary"))
     assert texts == [[text, text]] and [s.value for s in scored[0]] == [1.0, 1.0]
 
 
