@@ -116,7 +116,7 @@ class Loss:
     clip_high: float = 0.2
     """... and 1 + clip_high. Larger than clip_low keeps entropy up (DAPO)."""
     importance_cap: float = 0.0
-    """Above 0, with --learner.recompute_old_logp: tokens are weighed by how much likelier they are to the learner than to the
+    """Above 0, with --update.recompute_old_logp: tokens are weighed by how much likelier they are to the learner than to the
     sampler, up to this (2, say). For when `rollout/logp_mismatch` is not small. 0: off."""
     kl_coefficient: float = 1e-3
     """Weight of the KL term against the initial policy. 0 needs no reference model: less memory, a faster step."""
@@ -150,11 +150,17 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
-class Learner:
+class Update:
     prompts_per_minibatch: int = 256
     """Prompts an optimizer step learns from. Fewer than prompts_per_step gives several optimizer steps a batch."""
     passes: int = 1
     """Times each batch is learned from."""
+    recompute_old_logp: bool = False
+    """Take the old log-probs from the learner's forward pass instead of the sampler's (one more forward pass a step)."""
+
+
+@dataclass(frozen=True)
+class Learner:
     tokens_per_microbatch: int = 30720
     """Tokens a device computes at once, prompts counted once a group. Lower it if memory runs out in learning: the result
     stays the same. (The rows that attention by cudnn or splash gathers inside hold copies of the prompts beside that.)"""
@@ -172,8 +178,6 @@ class Learner:
     """What rests in the host's memory, and is on the device for its phase only, where memory is short: the reference weights (2
     bytes a parameter), Adam's moments (8), or both. The result is the same; each costs transfers, the reference one a step, the
     moments two an optimizer step."""
-    recompute_old_logp: bool = False
-    """Take the old log-probs from the learner's forward pass instead of the sampler's (one more forward pass a step)."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +250,7 @@ class TrainConfig:
     reward: Reward = field(default_factory=Reward)
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    update: Update = field(default_factory=Update)
     learner: Learner = field(default_factory=Learner)
     lora: Lora = field(default_factory=Lora)
     mesh: Mesh = field(default_factory=Mesh)
@@ -356,7 +361,8 @@ def demo() -> TrainConfig:
             decode_steps_per_call=16,
         ),
         optimizer=Optimizer(learning_rate=3e-4),
-        learner=Learner(prompts_per_minibatch=16, tokens_per_microbatch=16384, remat="none"),
+        update=Update(prompts_per_minibatch=16),
+        learner=Learner(tokens_per_microbatch=16384, remat="none"),
         validation=Validation(every=5, limit=256),
         export=Export(dtype="float32"),
     )

@@ -345,7 +345,7 @@ def heaviest_packs(job: _Job) -> tuple[Pack, Pack]:
     longest = groups_of([cfg.rollout.max_prompt_tokens], [[cfg.rollout.max_response_tokens] * cfg.rollout.group_size])
     of = lambda groups: packing.pack(groups, cfg.learner.tokens_per_microbatch, shards, kernel=job.kernel).packs  # noqa: E731
     weight = lambda pack: (cells(pack) + pack.tokens.shape[1], pack.source.shape[1])  # noqa: E731
-    packs = of(longest * shards), of(lengths(cfg)[: cfg.learner.prompts_per_minibatch])
+    packs = of(longest * shards), of(lengths(cfg)[: cfg.update.prompts_per_minibatch])
     return tuple(max(some, key=weight) for some in packs)
 
 
@@ -436,10 +436,10 @@ def times(
 ) -> list[dict[str, Any]]:
     """The phases of a step of drawn lengths: what a device computes, moves and receives in each, and in how many seconds."""
     cfg, model, chip, count = job.cfg, job.model, job.where.device, job.where.count
-    learns = cfg.learner.passes * -(-cfg.rollout.prompts_per_step // cfg.learner.prompts_per_minibatch)
+    learns = cfg.update.passes * -(-cfg.rollout.prompts_per_step // cfg.update.prompts_per_minibatch)
     shards = meshes.shards(job.mesh)
     # The first mini-batch stands for all of a step.
-    some = lengths(cfg)[: cfg.learner.prompts_per_minibatch]
+    some = lengths(cfg)[: cfg.update.prompts_per_minibatch]
     packs = packing.pack(some, cfg.learner.tokens_per_microbatch, shards, kernel=job.kernel).packs
     one = {tuple(x.shape for x in jax.tree.leaves(p)): p for p in packs}
     shapes = Counter(tuple(x.shape for x in jax.tree.leaves(p)) for p in packs)
@@ -477,7 +477,7 @@ def times(
         moved += limits.steps * (weights + cache + logits)
     add("decode", launched, moved, _times(plan, "decode", len(calls)))
     steps = {"reference": 1, "gradient": learns} if cfg.loss.kl_coefficient else {"gradient": learns}
-    batches = -(-cfg.rollout.prompts_per_step // cfg.learner.prompts_per_minibatch)
+    batches = -(-cfg.rollout.prompts_per_step // cfg.update.prompts_per_minibatch)
     for name, phase in (("reference", "reference"), ("gradient", "update")):
         if name not in steps:
             continue

@@ -252,11 +252,11 @@ def watch(run: Run, row: Mapping[str, Any]) -> None:
     """Warns, once a run, where the sampler's log-probs serve as the old ones and are not those of the learner."""
     gap = row.get("rollout/logp_mismatch", 0.0)
     wrong = not gap <= MOST_MISMATCH  # nan too
-    if wrong and not run.config.learner.recompute_old_logp and "mismatch" not in run.said:
+    if wrong and not run.config.update.recompute_old_logp and "mismatch" not in run.said:
         run.said.add("mismatch")
         console.warn(
             f"step {row['step']}: the log-probs of sampler and learner differ by {gap:.3f} nats a token on average (alarm at "
-            f"{MOST_MISMATCH}); try --learner.attention tiles, or, in a new run, --learner.recompute_old_logp"
+            f"{MOST_MISMATCH}); try --learner.attention tiles, or, in a new run, --update.recompute_old_logp"
         )
 
 

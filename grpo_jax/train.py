@@ -128,9 +128,9 @@ def check_options(cfg: TrainConfig) -> None:
             "--rollout.group_size 1 with --rollout.refills or --loss.skip_zero_variance: the rewards of one response never "
             "differ; take 2 or more"
         )
-    if cfg.loss.importance_cap and not cfg.learner.recompute_old_logp:
+    if cfg.loss.importance_cap and not cfg.update.recompute_old_logp:
         raise ValueError(
-            "--loss.importance_cap compares the learner's log-probs with the sampler's: give --learner.recompute_old_logp, too"
+            "--loss.importance_cap compares the learner's log-probs with the sampler's: give --update.recompute_old_logp, too"
         )
     if cfg.reward.overlong_margin > cfg.rollout.max_response_tokens:
         raise ValueError(
@@ -177,13 +177,13 @@ def objective_of(cfg: TrainConfig, device_mesh: Mesh, model: DecoderConfig, plat
 
 def minibatches(cfg: TrainConfig) -> int:
     """Optimizer steps a step."""
-    return cfg.learner.passes * -(-cfg.rollout.prompts_per_step // cfg.learner.prompts_per_minibatch)
+    return cfg.update.passes * -(-cfg.rollout.prompts_per_step // cfg.update.prompts_per_minibatch)
 
 
 def introduce(cfg: TrainConfig, policy: Policy, tasks: Tasks, steps: int, device_mesh: Mesh) -> None:
     """Prints the arithmetic of the run."""
     n, g = cfg.rollout.prompts_per_step, cfg.rollout.group_size
-    updates = f"{minibatches(cfg)} optimizer step(s) of {min(n, cfg.learner.prompts_per_minibatch):,} prompts"
+    updates = f"{minibatches(cfg)} optimizer step(s) of {min(n, cfg.update.prompts_per_minibatch):,} prompts"
     console.header(
         f"GRPO: {cfg.model.path}",
         [
@@ -201,20 +201,20 @@ def pack_minibatches(run: Run, groups: Sequence[Group]) -> list[Packed]:
     """The micro-batches of each mini-batch, on the devices."""
     if run.config.loss.skip_zero_variance:
         groups = [g for g in groups if np.any(g.advantages != 0)]
-    size = run.config.learner.prompts_per_minibatch
+    size = run.config.update.prompts_per_minibatch
     return [pack(run, groups[i : i + size]) for i in range(0, len(groups), size)]
 
 
 def add_reference(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -> list[list[Pack]]:
     """Packs with the reference's log-probs, and with the old ones recomputed where the config wants that."""
-    if run.reference is None and not run.config.learner.recompute_old_logp:
+    if run.reference is None and not run.config.update.recompute_old_logp:
         return minibatch_packs
     show.phase("reference")
     logprobs = functools.partial(learner.logprobs, run.policy.model, run.objective)
     reference = run.reference and mesh.moved(run.reference, "device")
 
     def added(pack: Pack) -> Pack:
-        if run.config.learner.recompute_old_logp:
+        if run.config.update.recompute_old_logp:
             pack = replace(pack, old_logp=logprobs(run.state["params"], pack, run.frozen))
         return pack if reference is None else replace(pack, ref_logp=logprobs(reference, pack))
 
@@ -223,8 +223,8 @@ def add_reference(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -
 
 def learn(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -> dict[str, Any]:
     """One optimizer step a mini-batch and pass; changes `run.state`."""
-    done, total = [], run.config.learner.passes * len(minibatch_packs)
-    for packs in minibatch_packs * run.config.learner.passes:
+    done, total = [], run.config.update.passes * len(minibatch_packs)
+    for packs in minibatch_packs * run.config.update.passes:
         show.phase("update", len(done), total)
         params, optimizer, sums = learner.update(
             run.policy.model, run.objective, run.optimizer, run.state["params"], run.state["optimizer"], packs, run.frozen

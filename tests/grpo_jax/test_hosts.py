@@ -41,7 +41,7 @@ OPTIONS = {
     "rollout.max_prompt_tokens": 400,
     "rollout.max_response_tokens": 12,
     "rollout.decode_steps_per_call": 4,
-    "learner.prompts_per_minibatch": 3,
+    "update.prompts_per_minibatch": 3,
     "learner.tokens_per_microbatch": 2048,
     "loss.kl_coefficient": 0.1,
     "optimizer.learning_rate": 1e-3,

@@ -18,9 +18,9 @@ from tests.grpo_jax.small_run import end_of, rows, small
 
 def test_old_log_probs_recomputed_are_those_of_the_sampler(tiny_model, tmp_path):
     """In loss and gradient of one optimizer step; Adam's step in float32 would amplify their rounding."""
-    one = {"run.steps": 1, "learner.prompts_per_minibatch": 3}
+    one = {"run.steps": 1, "update.prompts_per_minibatch": 3}
     sampled, _ = end_of(small(tiny_model, tmp_path / "a", **one))
-    computed, _ = end_of(small(tiny_model, tmp_path / "b", **one, **{"learner.recompute_old_logp": True}))
+    computed, _ = end_of(small(tiny_model, tmp_path / "b", **one, **{"update.recompute_old_logp": True}))
     for name in ("reward/mean", "clip_fraction"):
         assert computed[1][name] == sampled[1][name]
     for name in ("loss", "grad_norm"):
@@ -39,9 +39,7 @@ def test_groups_of_equal_rewards_are_left_out_and_take_no_optimizer_step(tiny_mo
 
 def test_each_pass_takes_its_optimizer_steps(tiny_model, tmp_path):
     once, _ = end_of(small(tiny_model, tmp_path / "a", **{"run.steps": 1, "optimizer.schedule": "cosine"}))
-    twice, _ = end_of(
-        small(tiny_model, tmp_path / "b", **{"run.steps": 1, "optimizer.schedule": "cosine", "learner.passes": 2})
-    )
+    twice, _ = end_of(small(tiny_model, tmp_path / "b", **{"run.steps": 1, "optimizer.schedule": "cosine", "update.passes": 2}))
     assert once[1]["learning_rate"] == pytest.approx(1e-3 * (1 + np.cos(np.pi * 1 / 2)) / 2)  # the second step of two
     assert twice[1]["learning_rate"] == pytest.approx(1e-3 * (1 + np.cos(np.pi * 3 / 4)) / 2)  # the fourth of four
     assert twice[1]["clip_fraction"] >= once[1]["clip_fraction"]
@@ -72,7 +70,7 @@ ADAPTERS = {
     "lora.alpha": 8.0,
     "lora.targets": "q_proj,v_proj,down_proj",
     "optimizer.learning_rate": 1e-2,
-    "learner.prompts_per_minibatch": 3,  # one optimizer step a step: the first is taken where the policy is the reference
+    "update.prompts_per_minibatch": 3,  # one optimizer step a step: the first is taken where the policy is the reference
 }
 
 
@@ -208,14 +206,14 @@ def test_responses_near_the_limit_lose_reward_in_training_alone(tiny_model, tmp_
 
 def test_gspo_begins_like_the_mean_over_responses(tiny_model, tmp_path):
     """Where the policy has not moved yet every ratio is 1, and the two objectives have one gradient."""
-    one = {"run.steps": 1, "learner.prompts_per_minibatch": 3, "loss.mean": "sequence_mean"}
+    one = {"run.steps": 1, "update.prompts_per_minibatch": 3, "loss.mean": "sequence_mean"}
     ppo, _ = end_of(small(tiny_model, tmp_path / "a", **one))
     gspo, _ = end_of(small(tiny_model, tmp_path / "b", **one, **{"loss.objective": "gspo"}))
     assert gspo[1]["grad_norm"] == pytest.approx(ppo[1]["grad_norm"], rel=1e-4)
 
 
 def test_a_sampler_that_agrees_is_weighed_by_1_or_by_the_cap_below_that(tiny_model, tmp_path):
-    one = {"run.steps": 1, "learner.prompts_per_minibatch": 3, "learner.recompute_old_logp": True, "loss.kl_coefficient": 0.0}
+    one = {"run.steps": 1, "update.prompts_per_minibatch": 3, "update.recompute_old_logp": True, "loss.kl_coefficient": 0.0}
     without, _ = end_of(small(tiny_model, tmp_path / "a", **one))
     halved, _ = end_of(small(tiny_model, tmp_path / "b", **one, **{"loss.importance_cap": 0.5}))
     assert halved[1]["grad_norm"] == pytest.approx(without[1]["grad_norm"] / 2, rel=1e-4)

@@ -249,7 +249,7 @@ def refused(capsys, *arguments: str) -> str:
         (["--run.seed"], "--run.seed"),
         (["--rollout.group_size", "1"], "--loss.normalize mean_only"),
         (["--rollout.group_size", "1", "--loss.normalize", "rloo", "--rollout.refills", "2"], "one response never"),
-        (["--loss.importance_cap", "2"], "give --learner.recompute_old_logp"),
+        (["--loss.importance_cap", "2"], "give --update.recompute_old_logp"),
         (["--reward.overlong_margin", "97"], "--reward.overlong_margin 97 is more than"),
         (["--loss.objective", "grpo"], "'ppo', 'gspo', 'cispo'"),
         (["--rollout.top_p", "0.9"], "--rollout.top_p must be 1"),
@@ -442,7 +442,7 @@ def test_the_pool_is_sized_once_a_run(monkeypatch):
 
 
 def test_a_sampler_that_disagrees_with_the_learner_is_told_once(capsys):
-    settings = lambda again: SimpleNamespace(learner=config.Learner(recompute_old_logp=again))  # noqa: E731
+    settings = lambda again: SimpleNamespace(update=config.Update(recompute_old_logp=again))  # noqa: E731
     state = SimpleNamespace(said=set(), config=settings(False))
     run_module.watch(SimpleNamespace(said=set(), config=settings(True)), {"step": 0, "rollout/logp_mismatch": 0.5})
     for step, gap in ((1, 0.0), (2, run_module.MOST_MISMATCH), (3, float("nan")), (4, 0.06)):
