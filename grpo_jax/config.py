@@ -418,7 +418,7 @@ PRESETS: dict[type, dict[str, Callable[[], Any]]] = {
             rollout={"refills": 4},
             reward={"overlong_margin": 2048},
         ),
-        # arXiv 2503.20783, section 3.2 and appendix A: neither the spread of rewards nor the length of responses is divided by.
+        # arXiv 2503.20783, section 3: neither the spread of rewards nor the length of responses is divided by.
         "dr-grpo": variant(_7B, "dr-grpo", loss={"normalize": "mean_only", "mean": "constant", "kl_coefficient": 0.0}),
         # arXiv 2507.18071, section 5.1.
         "gspo": variant(

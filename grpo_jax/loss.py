@@ -28,8 +28,8 @@ def group_advantages(rewards: Array, *, normalize: str = "std", eps: float = 1e-
     """Advantages within each group: rewards [N, G] -> [N, G].
 
     "std": (r - mean) / (std + eps) with the unbiased standard deviation (ddof = 1); "mean_only": r - mean (Dr. GRPO,
-    arXiv 2503.20783, section 3.2); "rloo": r - the mean of the others, which is G / (G - 1) times that (RLOO,
-    arXiv 2402.14740, section 3.3). Exactly 0 where the largest reward of a group equals the smallest, whatever rounding does
+    arXiv 2503.20783, section 3); "rloo": r - the mean of the others, which is G / (G - 1) times that (RLOO,
+    arXiv 2402.14740). Exactly 0 where the largest reward of a group equals the smallest, whatever rounding does
     to the mean; a group of one has mean 0 and standard deviation 1. Source: Tool-N1, section 3.1 and its released code.
     Raises ValueError for another `normalize`.
     """
@@ -67,7 +67,7 @@ def token_objective(
 def sequence_log_ratio(logp: Array, old_logp: Array, mask: Array, response: Array) -> Array:
     """The log of GSPO's ratio, at each token of its response: the mean of logp - old_logp over that response.
 
-    All [..., M], `response` as in `token_weights`; masked places hold 0. Source: GSPO, arXiv 2507.18071, equation 7.
+    All [..., M], `response` as in `token_weights`; masked places hold 0. Source: GSPO, arXiv 2507.18071, section 4.1.
     """
     return _total(jnp.where(mask, logp - old_logp, 0), response) * _share(mask, response)
 
@@ -76,7 +76,7 @@ def straight(log_ratio: Array, logp: Array) -> Array:
     """log_ratio [...] in value, with the gradient of logp [...].
 
     So every token of a response can carry the ratio of the whole, and the gradient of its own log-prob; the mean over the
-    response then has the gradient of GSPO. Source: GSPO, arXiv 2507.18071, equations 14 and 15.
+    response then has the gradient of GSPO. Source: GSPO, arXiv 2507.18071, section 4.3 (GSPO-token).
     """
     return jax.lax.stop_gradient(log_ratio - logp) + logp
 
@@ -87,7 +87,7 @@ def cispo_objective(
     """REINFORCE weighted by the clipped ratio, of which no gradient is taken: -clip(ratio) * A * logp; no token is left out.
 
     Shapes as in `token_objective`; clipped: where the ratio lies outside. The paper has no lower bound (clip_low = 1).
-    Source: CISPO, in MiniMax-M1, arXiv 2506.13585, equations 4 and 5.
+    Source: CISPO, in MiniMax-M1, arXiv 2506.13585, section 3.1.
     """
     ratio = jnp.exp(jnp.clip(logp - old_logp, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO))
     limited = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
@@ -107,7 +107,7 @@ def importance_weight(old_logp: Array, sampler_logp: Array, cap: float) -> Array
 def overlong(lengths: Array, longest: int, margin: int) -> Array:
     """DAPO's soft punishment of long responses: int [...] -> [...], 0 up to longest - margin tokens, then evenly down to -1.
 
-    Source: DAPO, arXiv 2503.14476, equation 13.
+    Source: DAPO, arXiv 2503.14476, section 3.4.
     """
     return jnp.clip((longest - margin - jnp.asarray(lengths)) / margin, -1.0, 0.0)
 
@@ -118,8 +118,8 @@ def token_weights(
     """(what each token counts in a mean [..., M], what all of them count together); 0 where mask [..., M] is false.
 
     "token_mean": 1 a token, together their number. "sequence_mean": 1 / tokens of its response, together the number of
-    responses (GRPO as first published, arXiv 2402.03300, equation 3). "constant": 1 / longest, together the number of
-    responses, so that a long response counts more (Dr. GRPO, arXiv 2503.20783, appendix A). response: int [..., M], which
+    responses (GRPO as first published, arXiv 2402.03300, section 4.1). "constant": 1 / longest, together the number of
+    responses, so that a long response counts more (Dr. GRPO, arXiv 2503.20783, section 3). response: int [..., M], which
     of its row a token belongs to, from 0 to below M. Raises ValueError for another `kind`.
     """
     match kind:
