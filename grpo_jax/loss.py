@@ -78,7 +78,7 @@ def straight(log_ratio: Array, logp: Array) -> Array:
     So every token of a response can carry the ratio of the whole, and the gradient of its own log-prob; the mean over the
     response then has the gradient of GSPO. Source: GSPO, arXiv 2507.18071, section 4.3 (GSPO-token).
     """
-    return jax.lax.stop_gradient(log_ratio - logp) + logp
+    return jax.lax.stop_gradient(log_ratio) + (logp - jax.lax.stop_gradient(logp))  # in this order: what is added is 0
 
 
 def cispo_objective(

@@ -206,7 +206,8 @@ def step(sizes, settings=None):
     lies = lambda tree: all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), tree, shardings)))
     trees = lambda params, state: [params, learner.zeros(params).gradient, *(optax.tree.get(state, k) for k in ("mu", "nu"))]
     before = all(map(lies, trees(params, state)))
-    whole = replace(objective, mesh=device_mesh, lora=settings)
+    of_responses = {"kind": "gspo", "mean": "sequence_mean"} if settings else {}  # both ways, without more to compile
+    whole = replace(objective, mesh=device_mesh, lora=settings, **of_responses)
     after, state, scalars = learner.update(MODEL, whole, optimizer, params, state, packs, frozen)
     pieces = lambda x: x.size // x.addressable_shards[0].data.size
     if settings:
