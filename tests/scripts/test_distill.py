@@ -1,7 +1,11 @@
-"""Distillation against a local server that fails, stalls, limits, cuts connections and answers rubbish, as the plan of a test says."""
+"""Distillation against a local server that fails, stalls, limits, cuts connections and answers rubbish, as a test's plan says.
+
+No assertion depends on how fast the machine is: where a request must not be tried again, its time is long.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
 import json
 import os
@@ -48,6 +52,7 @@ class BadServer:
         self.log: list[tuple[float, int, str, dict]] = []  # (time, row, action, request) of all requests
         self.keys: set[str | None] = set()
         self.under_way = self.most_under_way = 0
+        self.release = threading.Event()  # of those who stall
         self._lock, self._seen = threading.Lock(), Counter()
         outer = self
 
@@ -58,9 +63,8 @@ class BadServer:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 row = int(re.search(r"task (\d+)", request["messages"][-1]["content"])[1])
                 with outer._lock:
-                    action, *details = (
-                        [plan(row, outer._seen[row])] if isinstance(plan(row, 0), str) else plan(row, outer._seen[row])
-                    )
+                    todo = plan(row, outer._seen[row])
+                    action, *details = [todo] if isinstance(todo, str) else todo
                     outer._seen[row] += 1
                     outer.log.append((time.monotonic(), row, action, request))
                     outer.keys.add(self.headers.get("Authorization"))
@@ -86,6 +90,7 @@ class BadServer:
         return self
 
     def __exit__(self, *_):
+        self.release.set()
         self._http.shutdown()
         self._http.server_close()
 
@@ -107,7 +112,7 @@ class BadServer:
                 time.sleep(details[0])
                 send(good)
             case "stall":
-                time.sleep(1.5)
+                self.release.wait(120)
                 send(good)
             case "wrong":
                 send(completion({"content": right_reply(row + 1)}))
@@ -165,7 +170,7 @@ def ask(tmp_path, monkeypatch):
 
     def run(server, count=3, **options):
         rows = write_rows(tmp_path / "rows.jsonl", count)
-        quick = dict(timeout=0.6, retries=4, backoff=0.02, concurrency=4)
+        quick = dict(timeout=120.0, retries=4, backoff=0.02, concurrency=4)
         return distill.distill(Args(Data(str(rows)), tmp_path / "out.jsonl", server.url, "teacher", **quick | options))
 
     run.out, run.journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.journal"
@@ -200,7 +205,6 @@ def test_template_temperature_and_body_reach_the_server(ask, tmp_path):
     options = dict(temperature=0.5, body='{"max_tokens": 7}')
     with BadServer(lambda row, nth: "good") as server:
         rows = write_rows(tmp_path / "rows.jsonl", 1)
-        ask(server, 1, data=None, **options) if False else None
         data = Data(str(rows), str(tmp_path / "mine.txt"))
         distill.distill(Args(data, tmp_path / "out.jsonl", server.url + "/chat/completions", "m", **options))
     (_, _, _, request), *_ = server.log
@@ -255,12 +259,19 @@ RUBBISH = ("rubbish", "none", "no choices", "cut", "hang up")
 
 def test_all_that_may_pass_is_tried_again_and_every_answer_kept_once(ask):
     bad = [*[(what,) for what in RUBBISH], ("status", 500, b"oops"), ("status", 503, {"error": "full"}, {"Retry-After": "0"})]
-    bad += [("stall",), ("status", 429, b""), ("status", 408, b"")]
+    bad += [("status", 429, b""), ("status", 408, b"")]
     with BadServer(lambda row, nth: bad[(row + nth) % len(bad)] if nth < 1 + row % 3 else ("good",)) as server:
         work = ask(server, 20, concurrency=8)
     assert kept(ask.out) == list(range(20)) and not work.left and work.problem is None
     assert sorted(server.rows("good")) == list(range(20)) and len(server.log) == 20 + sum(1 + row % 3 for row in range(20))
-    assert len(ask.journal.read_text().splitlines()) == 21 and 1 < server.most_under_way <= 8
+    assert len(ask.journal.read_text().splitlines()) == 21 and server.most_under_way <= 8
+
+
+def test_a_request_that_stalls_is_asked_again(ask):
+    with BadServer(lambda row, nth: "stall" if nth == 0 else "good") as server:
+        work = ask(server, 3, timeout=1.0, retries=100)
+    assert kept(ask.out) == [0, 1, 2] and work.server.answered == 3 and len(ask.journal.read_text().splitlines()) == 4
+    assert sorted(server.rows("stall")) == [0, 1, 2]
 
 
 def test_a_row_that_never_gets_an_answer_is_left_for_the_next_start(ask, capsys):
@@ -278,7 +289,7 @@ def test_retry_after_holds_everybody(ask):
     with BadServer(lambda row, nth: ("good",) if nth else ("status", 429, b"", {"Retry-After": "0.4"})) as server:
         ask(server, 1)
     (first, *_), (second, *_) = server.log
-    assert 0.4 <= second - first < 1.0
+    assert second - first >= 0.4
 
     def used_up(row, nth):
         return "good", {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "300ms"} if row == 0 else None
@@ -287,22 +298,41 @@ def test_retry_after_holds_everybody(ask):
     with BadServer(used_up) as server:
         ask(server, 3, concurrency=1)
     times = [at for at, *_ in server.log]
-    assert times[1] - times[0] >= 0.3 > times[2] - times[1]
+    assert times[1] - times[0] >= 0.3
 
 
-def test_rate_limits_do_not_use_up_the_retries_while_others_are_answered(ask):
-    """Two places a window of 50 ms for eight at once: most requests are refused, over and over."""
-    state = {"window": -1, "taken": 0}
+def test_most_requests_refused(ask):
+    """Of any four in a row one is answered, so that no row is refused four times with no answer in between."""
+    state = {"refused": 0}
 
     def plan(row, nth):
-        if (window := int(time.monotonic() / 0.05)) != state["window"]:
-            state.update(window=window, taken=0)
-        state["taken"] += 1
-        return ("good",) if state["taken"] <= 2 else ("status", 429, b"")
+        state["refused"] = (state["refused"] + 1) % 4
+        return ("status", 429, b"") if state["refused"] else ("good",)
 
     with BadServer(plan) as server:
-        ask(server, 20, concurrency=8, retries=3)
-    assert kept(ask.out) == list(range(20)) and server.rows().count(7) >= 1
+        ask(server, 20, concurrency=8, retries=3, backoff=0.002)
+    assert kept(ask.out) == list(range(20)) and len(server.log) == 80
+
+
+@pytest.mark.parametrize(
+    ("kind", "others_answered", "tries"),
+    [("limited", 1, 50), ("down", 1, 50), ("again", 1, 3), ("limited", 0, 3), ("down", 0, 3)],
+)
+def test_retries_are_used_up_where_nothing_is_answered(monkeypatch, kind, others_answered, tries):
+    """Or where the row itself may be at fault."""
+
+    async def send(self, request):
+        sent.append(request)
+        self.answered += others_answered
+        return Failure("no", kind) if len(sent) < 50 else Answer("yes", "", "stop", 0, 0)
+
+    async def ask_once():
+        async with completions.Server("http://localhost", "", at_once=1, timeout=1, retries=2, backoff=1e-4) as server:
+            return await server.ask({})
+
+    sent = []
+    monkeypatch.setattr(completions.Server, "_send", send)
+    assert isinstance(asyncio.run(ask_once()), Answer if tries == 50 else Failure) and len(sent) == tries
 
 
 @pytest.mark.parametrize(
@@ -361,13 +391,13 @@ def command(server, tmp_path, *options):
         "--out",
         str(tmp_path / "out.jsonl"),
     ]
-    words += ["--url", server.url, "--model", "teacher", "--backoff", "0.02", "--timeout", "1", *options]
+    words += ["--url", server.url, "--model", "teacher", "--backoff", "0.02", "--timeout", "120", *options]
     return subprocess.Popen(
         words, cwd=ROOT, env=os.environ | {"OPENAI_API_KEY": KEY}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
-def until(holds, seconds=20.0):
+def until(holds, seconds=120.0):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it never came"
@@ -389,7 +419,7 @@ def test_killed_twice_nothing_answered_is_asked_again(tmp_path):
     journal, said = tmp_path / "out.jsonl.journal", ""
 
     def answered():
-        return {json.loads(line)["id"] for line in journal.read_text().splitlines()[1:]} if journal.exists() else set()
+        return {json.loads(line)["id"] for line in journal.read_text().split("\n")[1:-1]} if journal.exists() else set()
 
     with BadServer(plan) as server:
         ids = [example.id for example in jsonl.load(tmp_path / "rows.jsonl").examples]
@@ -400,15 +430,11 @@ def test_killed_twice_nothing_answered_is_asked_again(tmp_path):
             said += "".join(process.communicate())
             assert process.returncode == -signal.SIGKILL and not (tmp_path / "out.jsonl").exists()
             assert not before & set(server.rows()[mark:])
+            before = {ids.index(one) for one in answered()}
             with journal.open("ab") as file:
                 file.write(b'{"id": "half a li')
-            journal.write_bytes(journal.read_bytes().replace(b'half a li{"id', b""))
-            torn = journal.read_bytes()
-            journal.write_bytes(torn[: torn.rindex(b"\n") + 1])
-            before = {ids.index(one) for one in answered()}
-            journal.write_bytes(torn)
         process, mark = command(server, tmp_path), len(server.log)
-        said += "".join(process.communicate(timeout=30))
+        said += "".join(process.communicate(timeout=240))
         assert process.returncode == 0
         assert not before & set(server.rows()[mark:]) and set(server.rows()[mark:]) | before == set(range(count))
     assert kept(tmp_path / "out.jsonl") == list(range(count))
@@ -423,32 +449,26 @@ def test_killed_twice_nothing_answered_is_asked_again(tmp_path):
 def test_a_signal_waits_for_what_is_under_way_and_a_second_one_does_not(tmp_path):
     write_rows(tmp_path / "rows.jsonl", 40)
     journal, out = tmp_path / "out.jsonl.journal", tmp_path / "out.jsonl"
-    with BadServer(lambda row, nth: ("slow", 0.4)) as server:
-        process = command(server, tmp_path, "--concurrency", "4")
-        until(lambda: server.under_way == 4)
-        process.send_signal(signal.SIGINT)
-        text, errors = process.communicate(timeout=20)
-        assert process.returncode == 130 and not errors
-        assert "SIGINT: waiting for 4 answers under way; a second signal ends at once" in text
+    for name, code, seconds in (("SIGINT", 130, False), ("SIGTERM", 143, True)):
+        with BadServer(lambda row, nth: "stall") as server:
+            process = command(server, tmp_path, "--concurrency", "4")
+            until(lambda server=server: server.under_way == 4)
+            process.send_signal(signal.Signals[name])
+            line = next(line for line in process.stdout if name in line)
+            assert line == f"warning: {name}: waiting for 4 answers under way; a second signal ends at once\n"
+            process.send_signal(signal.Signals[name]) if seconds else server.release.set()
+            text, errors = process.communicate(timeout=120)
+        assert process.returncode == code and not errors and len(server.log) == 4
         assert text.endswith("36 rows are not done: start the same command again; nothing answered is asked twice\n")
-        assert len(server.log) == 4 and kept(out) == sorted(server.rows()) and journal.read_bytes().count(b"\n") == 5
-    with BadServer(lambda row, nth: ("stall",)) as server:
-        process = command(server, tmp_path, "--concurrency", "4", "--timeout", "60")
-        until(lambda: server.under_way == 4)
-        began = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        text, errors = process.communicate(timeout=20)
-        assert process.returncode == 143 and time.monotonic() - began < 1.4 and not errors
-        assert "36 rows are not done" in text and journal.read_bytes().count(b"\n") == 5 and len(kept(out)) == 4
+        assert journal.read_bytes().count(b"\n") == 5 and len(kept(out)) == 4
+    assert not set(server.rows()) & set(kept(out))
 
 
 def test_an_error_is_one_line_on_stderr(tmp_path):
     write_rows(tmp_path / "rows.jsonl", 2)
     with BadServer(lambda row, nth: ("status", 401, {"error": KEY})) as server:
         process = command(server, tmp_path)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and errors.count("\n") == 1 and errors.startswith("error: HTTP 401: ***: set OPENAI_API_KEY")
 
 
@@ -591,13 +611,10 @@ def test_what_a_server_says():
         ({"retry-after": "-7"}, 0),
         ({"retry-after": "soon"}, None),
         ({"retry-after-ms": "250", "retry-after": "1"}, 0.25),
-        ({"retry-after": email.utils.formatdate(time.time() + 3600, usegmt=True)}, 3600),
         ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 360),
         ({"x-ratelimit-remaining-requests": "3", "x-ratelimit-reset-requests": "6m0s"}, None),
         ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "120ms"}, 0.12),
         ({"x-ratelimit-remaining-tokens": "-1", "x-ratelimit-reset-tokens": "9"}, None),
-        ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(int(time.time() + 3600))}, 3600),
-        ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(int(1000 * (time.time() + 3600)))}, 3600),
         ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": "1h2m3.5s"}, 3723.5),
         ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": "2 hours"}, None),
         ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": "1..5s"}, None),
@@ -605,7 +622,17 @@ def test_what_a_server_says():
 )
 def test_wanted_wait(headers, seconds):
     found = completions.wanted_wait(headers)
-    assert found is None if seconds is None else found == pytest.approx(seconds, abs=30 if seconds == 3600 else 1e-9)
+    assert found is None if seconds is None else found == pytest.approx(seconds)
+
+
+def test_wanted_wait_until_a_point_in_time():
+    hour = time.time() + 3600
+    for headers in (
+        {"retry-after": email.utils.formatdate(hour, usegmt=True)},
+        {"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(int(hour))},
+        {"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(int(1000 * hour))},
+    ):
+        assert 3400 < completions.wanted_wait(headers) <= 3600
 
 
 def test_cost(ask, capsys):
