@@ -43,7 +43,9 @@ from scripts import completions
 from scripts.completions import Answer, Failure, Server
 
 TRUNCATED, REFUSED = "truncated", "refused"  # verdicts beside reward.REASONS: cut at a length limit; a filter's, or a refusal
-IN_A_ROW = 10  # rows left without an answer, with no answer in between, before the program gives up
+IN_A_ROW = (
+    10  # rows left without an answer, with no answer in between, before the program gives up: the first rows may be bad ones
+)
 LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 
 
@@ -262,8 +264,7 @@ class Distillation:
         """Leaves a row without an answer; where that seems not to be the row's fault, stops asking."""
         self.left[failure.text] += 1
         self._left_in_a_row += 1
-        suspect = failure.kind == "row" and not self.journal.answers  # nothing like it was ever taken
-        if suspect or failure.kind in ("fatal", "down", "limited") or self._left_in_a_row >= IN_A_ROW:
+        if failure.kind in ("fatal", "down", "limited") or self._left_in_a_row >= min(IN_A_ROW, len(self.examples)):
             self.problem = self.problem or failure
             self.server.stop.set()
 
@@ -271,9 +272,9 @@ class Distillation:
         """What a person watches, in one line."""
         replies = self.verdicts.total()
         cells = [f"kept {self.verdicts['correct'] / replies:.1%}"] if replies else []
-        cells += [f"{self.server.answered / (time.monotonic() - self._began):,.1f}/s"]
+        held = self.server.held()
+        cells += [f"waiting {held:,.0f} s" if held > 1 else f"{self.server.answered / (time.monotonic() - self._began):,.1f}/s"]
         cells += [f"{_short(self.tokens_in)} in, {_short(self.tokens_out)} out"]
-        cells += [f"waiting {self.server.held():,.0f} s"] if self.server.held() > 1 else []
         cells += [f"${self.dollars():,.2f}"] if self.dollars() is not None else []
         return "  ".join(cells)
 
