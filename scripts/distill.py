@@ -1,7 +1,7 @@
 """Asks a stronger model to think about rows whose right calls are known, and keeps the replies that make these calls.
 
-python scripts/distill.py --data.path calls.jsonl --out reasoning.jsonl --url https://api.openai.com/v1 --model NAME
-python -m grpo_jax.sft reason --data.path reasoning.jsonl ...
+    python scripts/distill.py --data.path calls.jsonl --out reasoning.jsonl --url https://api.openai.com/v1 --model NAME
+    python -m grpo_jax.sft reason --data.path reasoning.jsonl ...
 
     rows -> `Distillation.work`, --concurrency at once -> completions.Server.ask -> `Journal`: every answer, on disk before
             it counts -> `verdict` -> `write_rows`: --out
@@ -104,7 +104,7 @@ def reply_text(answer: Answer) -> str:
 
 
 def verdict(answer: Answer, example: Example) -> str:
-    """ "correct" where the reply is kept; else why not: one of reward.REASONS, TRUNCATED or REFUSED."""
+    """One of reward.REASONS, of which a reply that is kept has "correct"; or TRUNCATED or REFUSED."""
     if answer.finish in ("length", "content_filter"):
         return TRUNCATED if answer.finish == "length" else REFUSED
     return reward.judge(reply_text(answer), example.answer, "binary").reason
@@ -157,7 +157,8 @@ class Journal:
                 else:
                     self.answers.setdefault(row.pop("id"), []).append(Answer(**row))
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"{path}:{number}: damaged: delete the line, or give another --out") from None
+                mended = "delete the line, whose answer is lost" if number > 1 else "give another --out"
+                raise ValueError(f"{path}:{number}: damaged: {mended}") from None
         differ = [name for name in settings if lines and before.get(name) != settings[name]]
         if differ:
             changes = "; ".join(f"{name} was {before.get(name)}, is {settings[name]}" for name in differ)

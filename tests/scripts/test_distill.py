@@ -294,7 +294,8 @@ def test_retry_after_holds_everybody(ask):
     def used_up(row, nth):
         return "good", {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "300ms"} if row == 0 else None
 
-    ask.journal.unlink(), ask.out.unlink()
+    ask.journal.unlink()
+    ask.out.unlink()
     with BadServer(used_up) as server:
         ask(server, 3, concurrency=1)
     times = [at for at, *_ in server.log]
@@ -376,7 +377,8 @@ def test_a_request_refused_among_answers_is_the_rows_own_fault(ask):
     with BadServer(lambda row, nth: too_long) as server, pytest.raises(ValueError, match="check --model, --temperature"):
         ask(server, 40, concurrency=1)
     assert len(server.log) == distill.IN_A_ROW
-    ask.journal.unlink(), ask.out.unlink()
+    ask.journal.unlink()
+    ask.out.unlink()
     with BadServer(lambda row, nth: too_long) as server, pytest.raises(ValueError, match="check --model, --temperature"):
         ask(server, 2)  # a first try with few rows
 
@@ -452,14 +454,17 @@ def test_killed_twice_nothing_answered_is_asked_again(tmp_path):
 def test_a_signal_waits_for_what_is_under_way_and_a_second_one_does_not(tmp_path):
     write_rows(tmp_path / "rows.jsonl", 40)
     journal, out = tmp_path / "out.jsonl.journal", tmp_path / "out.jsonl"
-    for name, code, seconds in (("SIGINT", 130, False), ("SIGTERM", 143, True)):
+    for name, code, twice in (("SIGINT", 130, False), ("SIGTERM", 143, True)):
         with BadServer(lambda row, nth: "stall") as server:
             process = command(server, tmp_path, "--concurrency", "4")
             until(lambda server=server: server.under_way == 4)
             process.send_signal(signal.Signals[name])
             line = next(line for line in process.stdout if name in line)
             assert line == f"warning: {name}: waiting for 4 answers under way; a second signal ends at once\n"
-            process.send_signal(signal.Signals[name]) if seconds else server.release.set()
+            if twice:
+                process.send_signal(signal.Signals[name])
+            else:
+                server.release.set()
             text, errors = process.communicate(timeout=120)
         assert process.returncode == code and not errors and len(server.log) == 4
         assert text.endswith("36 rows are not done: start the same command again; nothing answered is asked twice\n")
@@ -494,10 +499,10 @@ def test_the_journal_refuses_other_questions_and_damage_and_forgives_half_a_line
         lines = whole.splitlines(keepends=True)
         for damaged in (b"not JSON\n", b"{}\n", b"[1]\n"):
             ask.journal.write_bytes(lines[0] + damaged + lines[2])
-            with pytest.raises(ValueError, match=r"out\.jsonl\.journal:2: damaged: delete the line, or give another --out"):
+            with pytest.raises(ValueError, match=r"out\.jsonl\.journal:2: damaged: delete the line, whose answer is lost$"):
                 ask(server, 3)
         ask.journal.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"journal:1: damaged"):
+        with pytest.raises(ValueError, match=r"journal:1: damaged: give another --out$"):
             ask(server, 3)
         ask.journal.unlink()
         with pytest.raises(ValueError, match="exists, and has no journal beside it: give another name"):
@@ -638,9 +643,11 @@ def test_wanted_wait_until_a_point_in_time():
         assert 3400 < completions.wanted_wait(headers) <= 3600
 
 
-def test_cost(ask, capsys):
-    with BadServer(lambda row, nth: "good") as server:
+def test_numbers_on_the_way_and_at_the_end(ask, capsys, monkeypatch):
+    monkeypatch.setattr(distill, "LINE_EVERY", 0.01)
+    with BadServer(lambda row, nth: ("slow", 0.1)) as server:
         work = ask(server, 3, price_in=1000.0, price_out=5000.0)
     assert work.dollars() == pytest.approx((300 * 1000 + 30 * 5000) / 1e6)
     text = capsys.readouterr().out
     assert "3 of 3 kept" in text and "$0.45" in text and re.search(r"correct +3 +100\.0%", text)
+    assert re.search(r"^0/3 rows  0\.0/s  0 in, 0 out  \$0\.00$", text, re.MULTILINE)
