@@ -18,20 +18,31 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# In the manner of Qwen2.5: a system text of its own if there is none, its own instructions and format for tools.
+# In the manner of Qwen2.5: a system text of its own if there is none, its own instructions and format for tools, and the
+# results that follow each other in one user turn.
 QWEN = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nI am somebody.<|im_end|>\n{% endif %}"
     "{% if tools %}<|im_start|>system\nAnswer in XML.<|im_end|>\n{% endif %}"
-    "{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n"
-    "</tool_response><|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for m in messages %}{% if m.role == 'tool' %}"
+    "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}"
+    "{{ '\n<tool_response>\n' + m.content + '\n</tool_response>' }}"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>\n{% endif %}"
+    "{% elif m.role in ('system', 'user', 'assistant') %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{% for c in m.tool_calls or [] %}\n<tool_call>\n{{ c.function | tojson }}\n</tool_call>{% endfor %}<|im_end|>\n"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# In the manner of Llama 3: contents are trimmed, one call a turn, tool results under a role of their own.
-LLAMA = (
+# In the manner of Llama 3: contents are trimmed, headers are made of whatever a role is called.
+LLAMA_3 = (
+    "{{ '<|begin|>' }}{% for m in messages %}<|start|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
+)
+# In the manner of Llama 3.1: besides, one call a turn, and results under a role of their own; a text is iterable, too.
+LLAMA_31 = (
     "{{ '<|begin|>' }}{% for m in messages %}{% if m.tool_calls %}"
     "{% if m.tool_calls | length != 1 %}{{ raise_exception('only one call') }}{% endif %}"
-    "{% else %}<|start|>{{ 'ipython' if m.role == 'tool' else m.role }}<|end|>\n\n{{ m.content | trim }}<|eot|>"
+    "{% elif m.role == 'tool' or m.role == 'ipython' %}<|start|>ipython<|end|>\n\n"
+    "{% if m.content is mapping or m.content is iterable %}{{ m.content | tojson }}{% else %}{{ m.content }}{% endif %}<|eot|>"
+    "{% else %}<|start|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}<|eot|>"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
 )
 # In the manner of Mistral: user and assistant by turns, the system text inside the first user turn.
@@ -41,6 +52,12 @@ STRICT = (
     "{% if m.role == 'user' %}<|start|>{% if loop.first and messages[0].role == 'system' %}"
     "{{ messages[0].content }}\n\n{% endif %}{{ m.content }}<|end|>{% else %}{{ m.content }}<|eot|>{% endif %}"
     "{% endfor %}"
+)
+# In the manner of later Mistrals: a role for results, but with the id of a call that must stand before it.
+WITH_IDS = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{% if m.tool_call_id is not defined %}"
+    "{{ raise_exception('a result without an id') }}{% endif %}<|start|>results{{ m.content }}<|end|>"
+    "{% else %}<|start|>{{ m.role }}{{ m.content }}<|end|>{% endif %}{% endfor %}"
 )
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 
@@ -84,14 +101,22 @@ def byte_tokenizer(chat_template):
     )
 
 
-@pytest.fixture(params=["chatml", "qwen", "llama", "strict", "real qwen"])
+def real_qwen():
+    """Qwen2.5's own tokenizer, where the environment names its folder."""
+    if folder := os.environ.get("GRPO_JAX_QWEN_TOKENIZER"):
+        yield AutoTokenizer.from_pretrained(folder)
+
+
+FAMILIES = {
+    "chatml": CHATML, "qwen": QWEN, "llama 3": LLAMA_3, "llama 3.1": LLAMA_31, "strict": STRICT, "with ids": WITH_IDS,
+}  # fmt: skip
+
+
+@pytest.fixture(params=[*FAMILIES, "real qwen"])
 def tokenizer(request):
     if request.param == "real qwen":
-        folder = os.environ.get("GRPO_JAX_QWEN_TOKENIZER")
-        if not folder:
-            pytest.skip("GRPO_JAX_QWEN_TOKENIZER does not name a folder with Qwen2.5's tokenizer")
-        return AutoTokenizer.from_pretrained(folder)
-    return byte_tokenizer({"chatml": CHATML, "qwen": QWEN, "llama": LLAMA, "strict": STRICT}[request.param])
+        return next(real_qwen(), None) or pytest.skip("GRPO_JAX_QWEN_TOKENIZER names no folder with Qwen2.5's tokenizer")
+    return byte_tokenizer(FAMILIES[request.param])
 
 
 def leaves(value):
@@ -112,7 +137,9 @@ def test_prompt_holds_every_value_of_every_earlier_turn(tokenizer):
             for leaf in leaves(call["arguments"]):
                 position = text.index(json.dumps(leaf, ensure_ascii=False), position)
         for result in results:
-            position = text.index(f"<tool_response>\n{result}\n</tool_response>", position)
+            as_json = f"<|start|>ipython<|end|>\n\n{json.dumps(result, ensure_ascii=False)}<|eot|>"
+            plain = f"<tool_response>\n{result}\n</tool_response>"
+            position = text.index(as_json if "ipython" in tokenizer.chat_template else plain, position)
     assert text.index("And a train to Oslo?", position) > text.index("Let me see what runs.") > 0
     assert text.count("Today is Thursday, 17 April 2031.") == 1
     assert text.index("Today is Thursday") < text.index("Where can I go?")
@@ -126,7 +153,7 @@ def test_prompt_has_our_system_text_once_and_opens_the_assistant_turn(tokenizer)
         lines = system[system.index("<tools>\n") + 8 : system.index("\n</tools>")].split("\n")
         assert [json.loads(line) for line in lines] == [{"type": "function", "function": tool} for tool in TOOLS]
         assert "I am somebody" not in text and "Answer in XML" not in text and "Alibaba" not in text
-        assert text.count("<|begin|>") == (1 if "ipython" in tokenizer.chat_template else 0)
+        assert text.count("<|begin|>") == (1 if "<|begin|>" in tokenizer.chat_template else 0)
         last = example.messages[-1]["content"]
         after = text[text.rindex(last) + len(last) :]
         assert after in ("<|im_end|>\n<|im_start|>assistant\n", "<|eot|><|start|>assistant<|end|>\n\n", "<|end|>")
@@ -140,6 +167,69 @@ def test_messages_are_one_system_text_then_user_and_assistant_by_turns():
     assert chat[4]["content"] == "To Zürich.\n" + prompt.reply(SECOND_CALLS, "Next I call book seat.")
     assert chat[5]["content"] == f"<tool_response>\n{RESULTS[2]}\n</tool_response>\nAnd a train to Oslo?"
     assert [parse_calls(turn["content"]) for turn in chat[2:5:2]] == [FIRST_CALLS, SECOND_CALLS]
+
+
+def test_results_have_the_role_that_the_template_has_for_them():
+    """Or, where it has none (a header made of any role's name, a refusal, a silence), they are user text."""
+
+    def rendered(chat_template):
+        tokenizer = byte_tokenizer(chat_template)
+        as_text = tokenizer.apply_chat_template(prompt.messages(EXAMPLE), add_generation_prompt=True, tokenize=False)
+        return tokenizer.decode(prompt.encode(EXAMPLE, tokenizer)), as_text
+
+    silent = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+    others_are_users = CHATML.replace("{{ m.role }}", "{{ m.role if m.role in ('system', 'assistant') else 'user' }}")
+    loud = CHATML.replace("m.role", "(m.role | upper)")
+    only_after_replies = (
+        "{% for m in messages %}{% if m.role == 'user' and loop.previtem and loop.previtem.role == 'tool' %}"
+        "{{ raise_exception('a user after a result') }}{% endif %}{% endfor %}" + QWEN
+    )
+    for without in (CHATML, LLAMA_3, STRICT, WITH_IDS, silent, others_are_users, loud, only_after_replies):
+        text, as_text = rendered(without)
+        assert text == as_text and text.count("<tool_response>") == 4, without  # one is in the instructions
+
+    known = CHATML.replace("{{ m.role }}", "{{ {'tool': 'RESULT'}.get(m.role, m.role) }}")
+    refusing = (
+        "{% for m in messages if m.role not in ('system', 'user', 'assistant', 'tool') %}{{ raise_exception('?') }}{% endfor %}"
+    )
+    for chat_template, opening in ((known, "<|im_start|>RESULT\n"), (refusing + CHATML, "<|im_start|>tool\n")):
+        text, as_text = rendered(chat_template)
+        assert [text.count(opening + result + "<|im_end|>\n") for result in RESULTS] == [1, 1, 1]
+        assert text.count("<tool_response>") == 1 and text != as_text
+
+    text, _ = rendered(LLAMA_31)
+    results = re.findall(r"<\|start\|>ipython<\|end\|>\n\n(.*?)<\|eot\|>", text)
+    assert [json.loads(result) for result in results] == RESULTS
+    assert re.findall(r"<\|start\|>(\w+)<\|end\|>", text) == [
+        "system", "user", "assistant", "ipython", "ipython", "assistant", "ipython", "user", "assistant",
+    ]  # fmt: skip
+
+
+def test_qwen_has_the_same_tokens_under_either_role():
+    """Of turns in which nothing but results follows a reply. A user turn after them is Qwen's own second one."""
+    for tokenizer in (byte_tokenizer(QWEN), *real_qwen()):
+
+        def both(turns, tokenizer=tokenizer):
+            example = make(turns, TOOLS, LAST_CALLS, "test")
+            chat = prompt.messages(example)
+            before = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+            return prompt.encode(example, tokenizer), list(before)
+
+        for turns in (TURNS[:2], TURNS[:5], TURNS[:8], [*TURNS[:3], *TURNS[7:8]]):
+            now, before = both(turns)
+            assert now == before
+        now, before = both(TURNS)
+        joint = "</tool_response><|im_end|>\n<|im_start|>user\nAnd a train"
+        assert joint in tokenizer.decode(now) and joint not in tokenizer.decode(before)
+        assert tokenizer.decode(now) == tokenizer.decode(before).replace("</tool_response>\nAnd a train", joint)
+
+
+def test_a_result_before_anything_else_is_still_there():
+    turns = [{"role": "tool", "content": "It rains."}, {"role": "user", "content": "So?"}, {"role": "tool", "content": "Yes."}]
+    for chat_template in (CHATML, QWEN, LLAMA_3, LLAMA_31, WITH_IDS):
+        tokenizer = byte_tokenizer(chat_template)
+        text = tokenizer.decode(prompt.encode(make(turns, TOOLS, LAST_CALLS, "test"), tokenizer))
+        assert text.index("It rains.") < text.index("So?") < text.index("Yes.")
 
 
 def test_a_system_turn_in_the_middle_goes_to_the_top():

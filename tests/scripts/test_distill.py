@@ -1,0 +1,653 @@
+"""Distillation against a local server that fails, stalls, limits, cuts connections and answers rubbish, as a test's plan says.
+
+No assertion depends on how fast the machine is: where a request must not be tried again, its time is long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from data import jsonl, prompt
+from grpo_jax import reward
+from scripts import completions, distill
+from scripts.completions import Answer, Failure
+from scripts.distill import Args, Data
+
+ROOT = Path(__file__).parents[2]
+KEY = "sk-test-4f9a7c21e8b35d60-secret"
+TOOLS = [{"name": "weather", "description": "Weather of a city.", "parameters": {"city": {"type": "string"}}}]
+
+
+def right_reply(row: int) -> str:
+    return prompt.reply([{"name": "weather", "arguments": {"city": f"Město {row}"}}], f"Row {row} names a city.")
+
+
+def completion(message: dict, finish: str | None = "stop") -> dict:
+    return {
+        "choices": [{"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish}],
+        "usage": {"prompt_tokens": 100, "completion_tokens": 10},
+    }
+
+
+class BadServer:
+    """/v1/chat/completions. `plan(row, nth)` says what becomes of the nth request (from 0) for a row: see `_do`."""
+
+    def __init__(self, plan):
+        self.log: list[tuple[float, int, str, dict]] = []  # (time, row, action, request) of all requests
+        self.keys: set[str | None] = set()
+        self.under_way = self.most_under_way = 0
+        self.release = threading.Event()  # of those who stall
+        self._lock, self._seen = threading.Lock(), Counter()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                row = int(re.search(r"task (\d+)", request["messages"][-1]["content"])[1])
+                with outer._lock:
+                    todo = plan(row, outer._seen[row])
+                    action, *details = [todo] if isinstance(todo, str) else todo
+                    outer._seen[row] += 1
+                    outer.log.append((time.monotonic(), row, action, request))
+                    outer.keys.add(self.headers.get("Authorization"))
+                    outer.under_way += 1
+                    outer.most_under_way = max(outer.most_under_way, outer.under_way)
+                try:
+                    outer._do(self, row, action, details)
+                except OSError:
+                    pass  # the client has gone
+                finally:
+                    with outer._lock:
+                        outer.under_way -= 1
+
+            def log_message(self, *_):
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
+        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.release.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def _do(self, handler, row, action, details):
+        def send(body, status=200, headers=None):
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            handler.send_response(status)
+            for name, value in (headers or {}).items():
+                handler.send_header(name, value)
+            handler.send_header("Content-Length", str(len(data)))
+            handler.end_headers()
+            handler.wfile.write(data)
+
+        good, headers = completion({"content": right_reply(row)}), details[0] if details else None
+        match action:
+            case "good":
+                send(good, headers=headers)
+            case "slow":
+                time.sleep(details[0])
+                send(good)
+            case "stall":
+                self.release.wait(120)
+                send(good)
+            case "wrong":
+                send(completion({"content": right_reply(row + 1)}))
+            case "say":
+                send(completion(*details))
+            case "rubbish":
+                send(b"<html>\xff not JSON</html>")
+            case "none":
+                send(completion({"content": None}))
+            case "no choices":
+                send({"choices": []})
+            case "cut":
+                data = json.dumps(good).encode()
+                handler.send_response(200)
+                handler.send_header("Content-Length", str(len(data)))
+                handler.end_headers()
+                handler.wfile.write(data[: len(data) // 2])
+                handler.wfile.flush()
+                handler.connection.shutdown(socket.SHUT_RDWR)
+            case "hang up":
+                handler.connection.shutdown(socket.SHUT_RDWR)
+            case "status":
+                status, body, *rest = details
+                send(body, status, *rest)
+            case _:
+                raise AssertionError(action)
+
+    def rows(self, action=None):
+        return [row for _, row, what, _ in self.log if action is None or what == action]
+
+
+def write_rows(path: Path, count: int) -> Path:
+    rows = [
+        {
+            "id": f"row {n}",
+            "messages": [
+                {"role": "user", "content": "Hello."},
+                {"role": "assistant", "content": "", "calls": [{"name": "weather", "arguments": {"city": "Łódź", "at": 1.0}}]},
+                {"role": "tool", "name": "weather", "content": "rain"},
+                {"role": "user", "content": f"task {n}: the weather in Město {n}?"},
+            ],
+            "tools": TOOLS,
+            "answers": [{"name": "weather", "arguments": {"city": f"Město {n}"}}],
+        }
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def ask(tmp_path, monkeypatch):
+    """Distils `count` rows from a server; quick to try again."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def run(server, count=3, **options):
+        rows = write_rows(tmp_path / "rows.jsonl", count)
+        quick = dict(timeout=120.0, retries=4, backoff=0.02, concurrency=4)
+        return distill.distill(Args(Data(str(rows)), tmp_path / "out.jsonl", server.url, "teacher", **quick | options))
+
+    run.out, run.journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.journal"
+    return run
+
+
+def kept(path: Path) -> list[int]:
+    return [int(example.extra["row_id"].split()[1]) for example in jsonl.load(path).examples] if path.read_text() else []
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def test_kept_rows_are_what_supervised_training_reads(ask, tmp_path):
+    with BadServer(lambda row, nth: "wrong" if row == 1 else "good") as server:
+        work = ask(server, 4)
+    before = jsonl.load(tmp_path / "rows.jsonl").examples
+    after = jsonl.load(ask.out)
+    assert not after.dropped and [e.id for e in after.examples] == [before[i].id for i in (0, 2, 3)]
+    for example, row in zip(after.examples, (0, 2, 3), strict=True):
+        assert prompt.target(example) == right_reply(row) == example.extra["response"]
+        assert example.extra["reasoning"] == f"Row {row} names a city." and example.source == "rows"
+        assert prompt.messages(example) == prompt.messages(before[row])
+    assert work.verdicts == {"correct": 3, "wrong_arguments": 1} and (work.tokens_in, work.tokens_out) == (400, 40)
+    asked = {row: request for _, row, _, request in server.log}
+    assert asked[2] == {"model": "teacher", "messages": prompt.messages(before[2])}
+    assert server.keys == {f"Bearer {KEY}"}
+
+
+def test_template_temperature_and_body_reach_the_server(ask, tmp_path):
+    (tmp_path / "mine.txt").write_text("Mine: {tools}")
+    options = dict(temperature=0.5, body='{"max_tokens": 7}')
+    with BadServer(lambda row, nth: "good") as server:
+        rows = write_rows(tmp_path / "rows.jsonl", 1)
+        data = Data(str(rows), str(tmp_path / "mine.txt"))
+        distill.distill(Args(data, tmp_path / "out.jsonl", server.url + "/chat/completions", "m", **options))
+    (_, _, _, request), *_ = server.log
+    assert request.pop("messages")[0]["content"].startswith("Mine: {")
+    assert request == {"model": "m", "temperature": 0.5, "max_tokens": 7}
+
+
+def test_a_thought_kept_apart_becomes_the_think_block():
+    calls = '<tool_call>\n[{"name": "f", "arguments": {}}]\n</tool_call>'
+    example = jsonl.example_of({"query": "q", "tools": [{"name": "f"}], "answers": [{"name": "f", "arguments": {}}]}, "test")
+
+    def of(content, thought="", finish="stop"):
+        answer = Answer(content, thought, finish, 0, 0)
+        return distill.reply_text(answer), distill.verdict(answer, example)
+
+    assert of("\n" + calls, " A <tool_call> is due.\n") == (f"<think>\nA [tool_call] is due.\n</think>\n{calls}", "correct")
+    assert of(f"<think>\nShort.\n</think>\n{calls}", "Long.") == (f"<think>\nShort.\n</think>\n{calls}", "correct")
+    assert of(calls) == (calls, "no_format")
+    assert of("", "Long.")[1] == "no_format"
+    assert of(f"<think></think>{calls}", finish="length")[1] == "truncated"
+    assert of("I will not.", finish="content_filter")[1] == "refused"
+    row = distill.row_of(example, Answer(calls, "Why.", "stop", 0, 0))
+    assert row["reasoning"] == "Why." and reward.score(row["response"], row["answers"]) == 1
+
+
+def test_thoughts_come_under_either_name(ask):
+    def plan(row, nth):
+        calls = right_reply(row).partition("</think>\n")[2]
+        return "say", {"content": calls, ("reasoning_content", "reasoning")[row]: "Thought."}
+
+    with BadServer(plan) as server:
+        ask(server, 2)
+    texts = [example.extra["response"] for example in jsonl.load(ask.out).examples]
+    assert texts == [right_reply(row).replace(f"Row {row} names a city.", "Thought.") for row in range(2)]
+
+
+def test_attempts_end_with_the_first_right_reply(ask):
+    with BadServer(lambda row, nth: "good" if nth >= row else "wrong") as server:
+        work = ask(server, 4, attempts=3)
+        assert Counter(server.rows()) == {0: 1, 1: 2, 2: 3, 3: 3} and kept(ask.out) == [0, 1, 2]
+        assert work.verdicts == {"correct": 3, "wrong_arguments": 6} and work.done == 4
+        ask(server, 4, attempts=4)  # one more for the row that has none
+        assert Counter(server.rows())[3] == 4 and len(server.log) == 10 and kept(ask.out) == [0, 1, 2, 3]
+        work = ask(server, 4, attempts=4)
+        assert len(server.log) == 10 and work.server.answered == 0 and work.tokens_in == 1000
+
+
+# ---------------------------------------------------------------- a bad server
+
+RUBBISH = ("rubbish", "none", "no choices", "cut", "hang up")
+
+
+def test_all_that_may_pass_is_tried_again_and_every_answer_kept_once(ask):
+    bad = [*[(what,) for what in RUBBISH], ("status", 500, b"oops"), ("status", 503, {"error": "full"}, {"Retry-After": "0"})]
+    bad += [("status", 429, b""), ("status", 408, b"")]
+    with BadServer(lambda row, nth: bad[(row + nth) % len(bad)] if nth < 1 + row % 3 else ("good",)) as server:
+        work = ask(server, 20, concurrency=8)
+    assert kept(ask.out) == list(range(20)) and not work.left and work.problem is None
+    assert sorted(server.rows("good")) == list(range(20)) and len(server.log) == 20 + sum(1 + row % 3 for row in range(20))
+    assert len(ask.journal.read_text().splitlines()) == 21 and server.most_under_way <= 8
+
+
+def test_a_request_that_stalls_is_asked_again(ask):
+    with BadServer(lambda row, nth: "stall" if nth == 0 else "good") as server:
+        work = ask(server, 3, timeout=1.0, retries=100)
+    assert kept(ask.out) == [0, 1, 2] and work.server.answered == 3 and len(ask.journal.read_text().splitlines()) == 4
+    assert sorted(server.rows("stall")) == [0, 1, 2]
+
+
+def test_a_row_that_never_gets_an_answer_is_left_for_the_next_start(ask, capsys):
+    poison = {"on": True}
+    with BadServer(lambda row, nth: "rubbish" if row == 1 and poison["on"] else "good") as server:
+        work = ask(server, 5, retries=2)
+        assert kept(ask.out) == [0, 2, 3, 4] and work.done == 4 and sum(work.left.values()) == 1
+        assert server.rows("rubbish") == [1, 1, 1] and "HTTP 200 with no completion in it: <html>" in capsys.readouterr().out
+        poison["on"] = False
+        ask(server, 5)
+    assert kept(ask.out) == list(range(5)) and len(server.log) == 4 + 3 + 1
+
+
+def test_retry_after_holds_everybody(ask):
+    with BadServer(lambda row, nth: ("good",) if nth else ("status", 429, b"", {"Retry-After": "0.4"})) as server:
+        ask(server, 1)
+    (first, *_), (second, *_) = server.log
+    assert second - first >= 0.4
+
+    def used_up(row, nth):
+        return "good", {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "300ms"} if row == 0 else None
+
+    ask.journal.unlink()
+    ask.out.unlink()
+    with BadServer(used_up) as server:
+        ask(server, 3, concurrency=1)
+    times = [at for at, *_ in server.log]
+    assert times[1] - times[0] >= 0.3
+
+
+def test_most_requests_refused(ask):
+    """Three of four, in the order in which they reach the server."""
+    state = {"refused": 0}
+
+    def plan(row, nth):
+        state["refused"] = (state["refused"] + 1) % 4
+        return ("status", 429, b"") if state["refused"] else ("good",)
+
+    with BadServer(plan) as server:
+        ask(server, 20, concurrency=8, retries=20, backoff=0.002)
+    assert kept(ask.out) == list(range(20)) and len(server.log) == 80
+
+
+@pytest.mark.parametrize(
+    ("kind", "others_answered", "tries"),
+    [("limited", 1, 50), ("down", 1, 50), ("again", 1, 3), ("limited", 0, 3), ("down", 0, 3)],
+)
+def test_retries_are_used_up_where_nothing_is_answered(monkeypatch, kind, others_answered, tries):
+    """Or where the row itself may be at fault."""
+
+    async def send(self, request):
+        sent.append(request)
+        self.answered += others_answered
+        return Failure("no", kind) if len(sent) < 50 else Answer("yes", "", "stop", 0, 0)
+
+    async def ask_once():
+        async with completions.Server("http://localhost", "", at_once=1, timeout=1, retries=2, backoff=1e-4) as server:
+            return await server.ask({})
+
+    sent = []
+    monkeypatch.setattr(completions.Server, "_send", send)
+    assert isinstance(asyncio.run(ask_once()), Answer if tries == 50 else Failure) and len(sent) == tries
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "mends"),
+    [
+        (401, {"error": {"message": f"no such key: {KEY}"}}, "set OPENAI_API_KEY to a key of that server"),
+        (403, {"detail": "not yours"}, "the key in OPENAI_API_KEY may not use this model"),
+        (404, {"error": {"message": "no model"}}, "check --url, which ends before /chat/completions, and --model"),
+        (400, {"object": "error", "message": "bad\nfield"}, "check --model, --temperature and --body"),
+        (402, b"pay", "mend the account"),
+        (429, {"error": {"message": "broke", "code": "insufficient_quota"}}, "mend the account"),
+        (308, b"", "check --url"),
+    ],
+)
+def test_what_no_retry_mends_stops_with_one_line(ask, status, body, mends):
+    with BadServer(lambda row, nth: ("status", status, body)) as server, pytest.raises(ValueError) as error:
+        ask(server, 50)
+    text = str(error.value)
+    assert text.startswith(f"HTTP {status}: ") and mends in text and "\n" not in text and KEY not in text
+    assert text.endswith("; then start the same command again: nothing answered is asked twice")
+    assert len(server.log) <= (distill.IN_A_ROW + 3 if status == 400 else 4) and kept(ask.out) == []
+
+
+def test_a_server_that_asks_to_come_tomorrow_or_is_not_there(ask):
+    with BadServer(lambda row, nth: ("status", 429, b"daily limit", {"Retry-After": "80000"})) as server:
+        with pytest.raises(
+            ValueError, match=r"^HTTP 429: daily limit \(to be asked again in 1,333 minutes\): mend the account, or"
+        ):
+            ask(server, 50)
+        assert len(server.log) <= 4
+    with pytest.raises(ValueError, match=r"^no connection to 127\.0\.0\.1:\d+ \(.*\): check --url, or wait"):
+        ask(server, 50, retries=1)
+
+
+def test_a_request_refused_among_answers_is_the_rows_own_fault(ask):
+    too_long = ("status", 400, {"error": {"message": "maximum context length"}})
+    with BadServer(lambda row, nth: ("good",) if row % 2 else too_long) as server:
+        work = ask(server, 8, concurrency=1)
+        assert kept(ask.out) == [1, 3, 5, 7] and work.left == {"HTTP 400: maximum context length": 4}
+        assert len(server.log) == 8
+    with BadServer(lambda row, nth: too_long) as server, pytest.raises(ValueError, match="check --model, --temperature"):
+        ask(server, 40, concurrency=1)
+    assert len(server.log) == distill.IN_A_ROW
+    ask.journal.unlink()
+    ask.out.unlink()
+    with BadServer(lambda row, nth: too_long) as server, pytest.raises(ValueError, match="check --model, --temperature"):
+        ask(server, 2)  # a first try with few rows
+
+
+# ---------------------------------------------------------------- the end, and the next start
+
+
+def command(server, tmp_path, *options):
+    words = [
+        sys.executable,
+        "-m",
+        "scripts.distill",
+        "--data.path",
+        str(tmp_path / "rows.jsonl"),
+        "--out",
+        str(tmp_path / "out.jsonl"),
+    ]
+    words += ["--url", server.url, "--model", "teacher", "--backoff", "0.02", "--timeout", "120", *options]
+    return subprocess.Popen(
+        words, cwd=ROOT, env=os.environ | {"OPENAI_API_KEY": KEY}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def until(holds, seconds=120.0):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
+
+
+def test_killed_twice_nothing_answered_is_asked_again(tmp_path):
+    """And no file, output or error has the key, although the server says it back."""
+    count = 60
+    write_rows(tmp_path / "rows.jsonl", count)
+    bad = [("rubbish",), ("status", 500, KEY.encode()), ("cut",), ("status", 429, {"error": KEY}, {"Retry-After": "0.05"})]
+    echo = ("say", {"content": f"<think>{KEY}</think>" + right_reply(7).partition("</think>")[2]})
+
+    def plan(row, nth):
+        if nth < row % 2:
+            return bad[row // 2 % len(bad)]
+        return echo if row == 7 else ("slow", 0.02)
+
+    journal, said = tmp_path / "out.jsonl.journal", ""
+
+    def answered():
+        return {json.loads(line)["id"] for line in journal.read_text().split("\n")[1:-1]} if journal.exists() else set()
+
+    with BadServer(plan) as server:
+        ids = [example.id for example in jsonl.load(tmp_path / "rows.jsonl").examples]
+        for goal in (15, 35):
+            process, mark, before = command(server, tmp_path), len(server.log), {ids.index(one) for one in answered()}
+            until(lambda goal=goal: journal.exists() and journal.read_bytes().count(b"\n") > goal)
+            process.send_signal(signal.SIGKILL)
+            said += "".join(process.communicate())
+            assert process.returncode == -signal.SIGKILL and not (tmp_path / "out.jsonl").exists()
+            assert not before & set(server.rows()[mark:])
+            before = {ids.index(one) for one in answered()}
+            with journal.open("ab") as file:
+                file.write(b'{"id": "half a li')
+        process, mark = command(server, tmp_path), len(server.log)
+        said += "".join(process.communicate(timeout=240))
+        assert process.returncode == 0
+        assert not before & set(server.rows()[mark:]) and set(server.rows()[mark:]) | before == set(range(count))
+    assert kept(tmp_path / "out.jsonl") == list(range(count))
+    lines = [json.loads(line)["id"] for line in journal.read_text().splitlines()[1:]]
+    assert sorted(lines) == sorted(ids)
+    assert server.keys == {f"Bearer {KEY}"}
+    for text in (said, *(file.read_text() for file in tmp_path.iterdir())):
+        assert KEY not in text and KEY[3:] not in text
+    assert "***" in (tmp_path / "out.jsonl").read_text()
+
+
+def test_a_signal_waits_for_what_is_under_way_and_a_second_one_does_not(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", 40)
+    journal, out = tmp_path / "out.jsonl.journal", tmp_path / "out.jsonl"
+    for name, code, twice in (("SIGINT", 130, False), ("SIGTERM", 143, True)):
+        with BadServer(lambda row, nth: "stall") as server:
+            process = command(server, tmp_path, "--concurrency", "4")
+            until(lambda server=server: server.under_way == 4)
+            process.send_signal(signal.Signals[name])
+            line = next(line for line in process.stdout if name in line)
+            assert line == f"warning: {name}: waiting for 4 answers under way; a second signal ends at once\n"
+            if twice:
+                process.send_signal(signal.Signals[name])
+            else:
+                server.release.set()
+            text, errors = process.communicate(timeout=120)
+        assert process.returncode == code and not errors and len(server.log) == 4
+        assert text.endswith("36 rows are not done: start the same command again; nothing answered is asked twice\n")
+        assert journal.read_bytes().count(b"\n") == 5 and len(kept(out)) == 4
+    assert not set(server.rows()) & set(kept(out))
+
+
+def test_an_error_is_one_line_on_stderr(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", 2)
+    with BadServer(lambda row, nth: ("status", 401, {"error": KEY})) as server:
+        process = command(server, tmp_path)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and errors.count("\n") == 1 and errors.startswith("error: HTTP 401: ***: set OPENAI_API_KEY")
+
+
+def test_the_journal_refuses_other_questions_and_damage_and_forgives_half_a_line(ask):
+    with BadServer(lambda row, nth: "good") as server:
+        ask(server, 3)
+        for other in (dict(temperature=0.7), dict(body='{"top_p": 0.5}')):
+            with pytest.raises(
+                ValueError, match=r"its answers are to other questions \(request was .*, is .*\): give another --out$"
+            ):
+                ask(server, 3, **other)
+        whole = ask.journal.read_bytes()
+        ask.journal.write_bytes(whole[:-5])
+        ask(server, 3)
+        assert len(server.log) == 4 and kept(ask.out) == [0, 1, 2]
+        assert sorted(ask.journal.read_bytes().splitlines()) == sorted(whole.splitlines())
+        ask.journal.write_bytes(whole[:10])  # not even the first line
+        ask(server, 3)
+        assert len(server.log) == 7
+        lines = whole.splitlines(keepends=True)
+        for damaged in (b"not JSON\n", b"{}\n", b"[1]\n"):
+            ask.journal.write_bytes(lines[0] + damaged + lines[2])
+            with pytest.raises(ValueError, match=r"out\.jsonl\.journal:2: damaged: delete the line, whose answer is lost$"):
+                ask(server, 3)
+        ask.journal.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"journal:1: damaged: give another --out$"):
+            ask(server, 3)
+        ask.journal.unlink()
+        with pytest.raises(ValueError, match="exists, and has no journal beside it: give another name"):
+            ask(server, 3)
+        assert len(server.log) == 7
+
+
+def test_one_process_a_journal(tmp_path):
+    first = distill.Journal(tmp_path / "j", {})
+    with pytest.raises(ValueError, match="another process is writing it"):
+        distill.Journal(tmp_path / "j", {})
+    first.close()
+    distill.Journal(tmp_path / "j", {}).close()
+
+
+def test_data_may_grow_and_the_order_is_that_of_the_rows(ask):
+    with BadServer(lambda row, nth: ("slow", 0.1 - 0.01 * row)) as server:
+        ask(server, 8, limit=3, concurrency=8)
+        assert kept(ask.out) == [0, 1, 2]
+        ask(server, 8, concurrency=8)
+    assert kept(ask.out) == list(range(8)) and len(server.log) == 8
+
+
+# ---------------------------------------------------------------- parts
+
+
+def test_command_lines_that_cannot_be_meant(ask, monkeypatch):
+    args = Args(Data("rows.jsonl"), Path("out.jsonl"), "http://localhost/v1", "m")
+    for options, message in (
+        (dict(attempts=0), "--attempts 0: give a number from 1 on"),
+        (dict(retries=-1), "--retries -1: give a number from 0 on"),
+        (dict(timeout=float("nan")), "--timeout nan: give a number of seconds above 0"),
+        (dict(attempts=2, temperature=0.0), "--temperature 0 gives the same reply"),
+        (dict(body="[1]"), "--body: give a JSON object"),
+        (dict(body='{"model": "other"}'), "--body: give a JSON object, without model"),
+        (dict(out=Path("out.json")), "--out out.json: give a name that ends in .jsonl"),
+        (dict(url="localhost:8000"), "give the server's address, like https"),
+        (dict(url=f"https://me:{KEY}@host/v1"), "--url has a name or password in it"),
+    ):
+        with pytest.raises(ValueError) as error:
+            distill.distill(replace(args, **options))
+        assert message in str(error.value) and KEY not in str(error.value)
+    for bad in (f"{KEY}\n{KEY}", f'"{KEY}"', KEY + "é"):
+        monkeypatch.setenv("OPENAI_API_KEY", bad)
+        with pytest.raises(ValueError, match="the key in OPENAI_API_KEY has a character that no key has") as error:
+            distill.distill(args)
+        assert KEY not in str(error.value)
+
+
+def test_without_a_key_and_with_one_of_another_name(ask, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setenv("LOCAL_KEY", " EMPTY\n")
+    with BadServer(lambda row, nth: ("say", {"content": right_reply(row).replace("names", "is not EMPTY, names")})) as server:
+        ask(server, 1)
+        assert server.keys == {None}
+        ask(server, 2, key_env="LOCAL_KEY")
+        assert server.keys == {None, "Bearer EMPTY"}
+    assert "not EMPTY" in ask.out.read_text()  # a placeholder is no secret, and may be a word of a reply
+
+
+def test_what_a_server_says():
+    def read(value, status=200):
+        return completions.read_reply(status, {}, value if isinstance(value, bytes) else json.dumps(value).encode())
+
+    assert read(completion({"content": "x"})) == Answer("x", "", "stop", 100, 10)
+    assert read(completion({"content": None}, "length")) == Answer("", "", "length", 100, 10)
+    assert read(completion({"content": None, "refusal": "no"})) == Answer("", "", "content_filter", 100, 10)
+    assert read(completion({"content": "\ud800 x"}, None)) == Answer("? x", "", "", 100, 10)
+    for usage in (None, 3, {"prompt_tokens": 1.5}, {}):
+        assert read(completion({"content": "x"}) | {"usage": usage}) == Answer("x", "", "stop", 0, 0)
+    odd = [
+        b"",
+        b"[" * 100_000,
+        b"\xff",
+        None,
+        1,
+        "x",
+        [],
+        {},
+        {"choices": None},
+        {"choices": [None]},
+        {"choices": [{"message": 1}]},
+    ]
+    odd += [
+        completion({}),
+        completion({"content": [1]}),
+        completion({"content": " "}),
+        {"choices": {}},
+        {"error": {"message": "full"}},
+    ]
+    for value in odd:
+        failure = read(value)
+        assert isinstance(failure, Failure) and failure.kind == "again" and "\n" not in failure.text and len(failure.text) < 300
+    kinds = {
+        400: "row",
+        413: "row",
+        422: "row",
+        401: "fatal",
+        404: "fatal",
+        301: "fatal",
+        429: "limited",
+        500: "again",
+        529: "again",
+    }
+    assert {status: read(b"", status).kind for status in kinds} == kinds
+    assert read({"error": {"message": "a\x1b[31m\n b"}}, 500).text == "HTTP 500: a [31m b"
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "7"}, 7),
+        ({"retry-after": "-7"}, 0),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after-ms": "250", "retry-after": "1"}, 0.25),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 360),
+        ({"x-ratelimit-remaining-requests": "3", "x-ratelimit-reset-requests": "6m0s"}, None),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "120ms"}, 0.12),
+        ({"x-ratelimit-remaining-tokens": "-1", "x-ratelimit-reset-tokens": "9"}, None),
+        ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": "1h2m3.5s"}, 3723.5),
+        ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": "2 hours"}, None),
+        ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": "1..5s"}, None),
+    ],
+)
+def test_wanted_wait(headers, seconds):
+    found = completions.wanted_wait(headers)
+    assert found is None if seconds is None else found == pytest.approx(seconds)
+
+
+def test_wanted_wait_until_a_point_in_time():
+    hour = time.time() + 3600
+    for headers in (
+        {"retry-after": email.utils.formatdate(hour, usegmt=True)},
+        {"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(int(hour))},
+        {"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(int(1000 * hour))},
+    ):
+        assert 3400 < completions.wanted_wait(headers) <= 3600
+
+
+def test_numbers_on_the_way_and_at_the_end(ask, capsys, monkeypatch):
+    monkeypatch.setattr(distill, "LINE_EVERY", 0.01)
+    with BadServer(lambda row, nth: ("slow", 0.1)) as server:
+        work = ask(server, 3, price_in=1000.0, price_out=5000.0)
+    assert work.dollars() == pytest.approx((300 * 1000 + 30 * 5000) / 1e6)
+    text = capsys.readouterr().out
+    assert "3 of 3 kept" in text and "$0.45" in text and re.search(r"correct +3 +100\.0%", text)
+    assert re.search(r"^0/3 rows  0\.0/s  0 in, 0 out  \$0\.00$", text, re.MULTILINE)
