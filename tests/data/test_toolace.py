@@ -186,8 +186,8 @@ def test_a_single_turn():
 
 def test_each_call_turn_is_an_example_with_the_turns_before_it():
     conversation = row(
-        ("u", "How warm?"), ("a", "[Weather (Beta)()]"), ("t", '[{"name": "Weather (Beta)", "results": 4}]'), ("a", "Four degrees."),
-        ("u", "And the news?"), ("a", "[get/news.v2-x(), Weather (Beta)(day=1)]"),
+        ("u", "How warm?"), ("a", "[Weather (Beta)()]"), ("t", '[{"name": "Weather (Beta)", "results": 4}]'),
+        ("a", "Four degrees."), ("u", "And the news?"), ("a", "[get/news.v2-x(), Weather (Beta)(day=1)]"),
     )  # fmt: skip
     first, prose, last = examples_of(conversation, "0")
     assert prose == jsonl.NO_CALL
