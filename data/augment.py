@@ -17,11 +17,15 @@ def irrelevant(example: Example) -> Example | None:
     """The task without the tools that it calls, so that to call nothing is right.
 
     None where that would leave no tool at all: such a prompt asks for no judgement, and a model that calls nothing when
-    it sees an empty list has learned nothing about tools.
+    it sees an empty list has learned nothing about tools. None, too, where an earlier turn called one of them: a
+    conversation does not call what it was not offered.
     """
     called = {call["name"] for call in example.answer}
+    earlier = {call["name"] for turn in example.messages for call in turn.get("calls", ())}
     tools = [tool for tool in example.tools if tool["name"] not in called]
-    return _made_of(example, example.messages, tools, [], "irrelevance") if called and tools else None
+    if not called or not tools or called & earlier:
+        return None
+    return _made_of(example, example.messages, tools, [], "irrelevance")
 
 
 def masked(example: Example, rng: random.Random) -> Example:

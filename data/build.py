@@ -1,12 +1,12 @@
 """`python -m data.build`: public sets of tool calls, or files like theirs, to one folder of rows to train on.
 
-    row of ToolACE --toolace.examples_of--> Examples or reasons --`_finished`--> Example or reason --> part-00000.jsonl, ...
+    row of ToolACE --toolace.examples_of--> Examples or reasons --`_kept`--> Examples --jsonl.row_of--> part-00000.jsonl, ...
     row of xLAM    --jsonl.example_of-----> Example or reason                                          manifest.json
 
 Rows stream from input to output; only the ids of what was kept are held. What is drawn for a row (its masking, ...) is a
 function of the seed and of the row's content, not of its place, so that adding rows changes no other row. The folder is
-written beside its place and moved there whole: it is all there, or as it was before. The same inputs, options and seed
-give the same bytes.
+written beside its place and moved there whole; an earlier one stays until then. The same inputs, options and seed give the
+same bytes.
 
 Counting is by *answer*: a turn of the assistant in ToolACE, a row in xLAM. A row that cannot be read at all counts as one.
 Each answer is kept or dropped for one reason, so that kept and dropped add up to what was read.
@@ -269,7 +269,7 @@ def _is_build(out: Path, sources: list[Source]) -> bool:
         ours = {jsonl.MANIFEST, *(shard["file"] for shard in manifest["shards"])} if manifest["made_by"] == MADE_BY else set()
     except (OSError, ValueError, LookupError, TypeError):
         ours = set()
-    if not {file.name for file in out.iterdir()} <= ours if out.is_dir() else True:
+    if not ({file.name for file in out.iterdir()} if out.is_dir() else {out.name}) <= ours:
         raise FileExistsError(f"--out {out} holds other files than those of an earlier build: give a new or empty folder")
     return True
 
@@ -328,7 +328,7 @@ def main() -> None:
     try:
         build(tyro.cli(Build, prog="python -m data.build", use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,)))
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError) as error:
         if not isinstance(error, OSError) and not _is_ours(error):

@@ -298,7 +298,7 @@ def _hub_rows(name: str) -> Iterator[tuple[Any, str]]:
         table = datasets.load_dataset(name, split="train")
     except Exception as error:  # a dozen kinds, from no network to a gated data set; all mean that there are no rows
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if "gated" in reason:
+        if "gated dataset" in reason:
             raise PermissionError(
                 f"{name}: this data set is gated: accept its conditions at https://huggingface.co/datasets/{name}, then log "
                 "in with `hf auth login` (or set HF_TOKEN); or download it and give the file"

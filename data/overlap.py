@@ -49,7 +49,8 @@ def read(paths: Sequence[str]) -> Benchmarks:
         place = Path(path)
         if not place.exists():
             raise FileNotFoundError(f"--benchmarks {path}: no such file or folder")
-        inside = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES) if place.is_dir() else [place]
+        below = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        inside = below if place.is_dir() else [place]
         found = {str(file): _queries(file) for file in inside}
         if not any(found.values()):
             raise ValueError(

@@ -115,7 +115,7 @@ def calls_of(text: str, names: Collection[str]) -> list[dict[str, Any]]:
 
     names: of the tools on offer. Raises ValueError where a call does not parse, and where one stands amid prose.
     """
-    if _OPENING.match(text):
+    if _OPENING.match(text) or text.lstrip().startswith(tuple(f"[{name}(" for name in names)):
         return parse_calls(text, names)
     if any(f"{name}(" in text for name in names):
         raise ValueError("a call amid prose")

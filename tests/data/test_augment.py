@@ -32,7 +32,8 @@ def test_irrelevant_takes_the_called_tools_and_the_answer_away():
     assert other.id != TASK.id
 
 
-def test_a_task_that_would_have_no_tool_left_or_calls_nothing_stays():
+def test_a_task_that_would_have_no_tool_left_or_called_it_before_or_calls_nothing_stays():
+    assert augment.irrelevant(make(TURNS, [XLAM, SCHEMA], [{"name": "news", "arguments": {}}], "xlam")) is None
     assert augment.irrelevant(make(TURNS, [XLAM, BARE], ANSWER, "xlam")) is None
     assert augment.irrelevant(make(TURNS, [XLAM, BARE], [], "xlam")) is None
 

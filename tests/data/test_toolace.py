@@ -87,6 +87,7 @@ def test_names_on_offer_may_hold_anything():
     names = ["Weather (Beta)", "M1.0+ Quakes, Past Day", "Today's Quiz", "a = b [c]", "Weather", "x("]
     text = "[" + ", ".join(f"{name}(n={i})" for i, name in enumerate(names)) + "]"
     assert parse_calls(text, names) == [{"name": name, "arguments": {"n": i}} for i, name in enumerate(names)]
+    assert calls_of(" [a = b [c](n=1)]", names) == [{"name": "a = b [c]", "arguments": {"n": 1}}]
     with pytest.raises(ValueError, match="is due"):
         parse_calls(text)
 
