@@ -1,6 +1,7 @@
 """Rows of files or of the hub to Examples: a row is used, or it is dropped and counted under a reason.
 
-    load(path) -> `_sources` (which files) -> `_rows` (one row after another) -> `example_of` (Example, or a reason)
+    load(path) -> `files` (which files) -> `rows` (one row after another) -> `example_of` (Example, or a reason)
+    row_of(example) -> the row that is read back as that example
     split(examples) -> (train, validation)
 
 A row is an object with
@@ -9,6 +10,7 @@ A row is an object with
     "tools": [{"name", "description", "parameters"}, ...]
     "answers": [{"name", "arguments"}, ...]      the right calls
     "id", "source", "reasoning", "response"      optional texts: its name, where it is from, a thought, a whole reply
+    "no_call": true                              optional: that there are no answers is the right answer, and no omission
 
 Rows of xLAM (tools and answers are JSON inside a string) and OpenAI's ways of writing (`{"type": "function",
 "function": {...}}` round a tool or a call, arguments as a JSON string, `tool_calls` on an assistant turn) are valid.
@@ -22,7 +24,7 @@ answers are a struct column: such a column gives each call the parameters of eve
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ import numpy as np
 from data.example import Example, make
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+MANIFEST = "manifest.json"  # what `data.build` says about a folder of rows; no row itself
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 # Why a row is dropped; the first that holds counts.
@@ -40,7 +43,7 @@ NO_QUERY = "no_query"  # neither a query nor messages
 MESSAGES_DO_NOT_PARSE = "messages_do_not_parse"  # unknown role, content that is no text, no turn to answer at the end
 TOOLS_DO_NOT_PARSE = "tools_do_not_parse"
 ANSWERS_DO_NOT_PARSE = "answers_do_not_parse"
-NO_CALL = "no_call"  # the right answer is to call nothing
+NO_CALL = "no_call"  # no answers, and the row does not say that this is right
 CALLS_UNOFFERED_TOOL = "calls_unoffered_tool"  # a right call is of a tool that the row does not list
 NOT_PLAIN_JSON = "not_plain_json"  # NaN, infinity, half a surrogate pair: no tokenizer and no JSON file takes it
 DUPLICATE = "duplicate"  # the same messages, tools and answers as an earlier row
@@ -67,8 +70,8 @@ class Loaded:
 def load(path: str | Path, *, limit: int | None = None, keep_no_call: bool = False) -> Loaded:
     """The rows of a file, of a folder (its .jsonl, .json and .parquet files by name) or of a hub id `org/name`.
 
-    limit: stop after so many usable rows; the rows behind are not read and not counted. keep_no_call: use rows whose
-    right answer is to call nothing, too. Of several rows with one content the first is used.
+    limit: stop after so many usable rows; the rows behind are not read and not counted. keep_no_call: use rows without
+    answers even where they do not say that this is right. Of several rows with one content the first is used.
     Raises FileNotFoundError where there is nothing under `path`, ValueError for a file that cannot be read and where no
     row is usable.
     """
@@ -76,7 +79,7 @@ def load(path: str | Path, *, limit: int | None = None, keep_no_call: bool = Fal
         raise ValueError(f"limit = {limit}: give a number of rows from 1 on, or None for all")
     found: dict[str, Example] = {}
     dropped: Counter[str] = Counter()
-    for row, source in _rows(path):
+    for row, source in rows(path):
         example = example_of(row, source, keep_no_call=keep_no_call)
         if isinstance(example, str):
             dropped[example] += 1
@@ -114,16 +117,16 @@ def example_of(row: Any, source: str, *, keep_no_call: bool = False) -> Example 
         return NOT_AN_OBJECT
     if not row.get("messages") and not str(row.get("query") or "").strip():
         return NO_QUERY
-    turns = _parsed(_turns, row.get("messages") or [{"role": "user", "content": row.get("query")}])
+    turns = parsed(_turns, row.get("messages") or [{"role": "user", "content": row.get("query")}])
     if turns is None:
         return MESSAGES_DO_NOT_PARSE
-    tools = _parsed(_tools, row.get("tools"))
+    tools = parsed(_tools, row.get("tools"))
     if tools is None:
         return TOOLS_DO_NOT_PARSE
-    answer = _parsed(_calls, row.get("answers"))
+    answer = parsed(_calls, row.get("answers"))
     if answer is None:
         return ANSWERS_DO_NOT_PARSE
-    if not answer and not keep_no_call:
+    if not answer and not keep_no_call and row.get("no_call") is not True:
         return NO_CALL
     if not {call["name"] for call in answer} <= {tool["name"] for tool in tools}:
         return CALLS_UNOFFERED_TOOL
@@ -138,10 +141,18 @@ def example_of(row: Any, source: str, *, keep_no_call: bool = False) -> Example 
         return NOT_PLAIN_JSON
 
 
-# The parts of a row. These raise ValueError for what is not as it should be; `_parsed` turns that into None.
+def row_of(example: Example) -> dict[str, Any]:
+    """The row that `example_of` reads back as the same example."""
+    extra = {("id" if key == "row_id" else key): value for key, value in example.extra.items()}
+    row = {**extra, "source": example.source, "messages": list(example.messages), "tools": list(example.tools)}
+    return row | {"answers": list(example.answer)} | ({} if example.answer else {"no_call": True})
 
 
-def _parsed(parse: Any, value: Any) -> Any:
+# The parts of a row. These raise ValueError for what is not as it should be; `parsed` turns that into None.
+
+
+def parsed(parse: Callable[[Any], Any], value: Any) -> Any:
+    """What `parse` makes of a value; None where it raises ValueError, or the value is nested too deeply."""
     try:
         return parse(value)
     except (ValueError, RecursionError):
@@ -153,8 +164,8 @@ def _require(condition: bool, what: str) -> None:
         raise ValueError(what)
 
 
-def _decoded(value: Any, kind: type) -> Any:
-    """A value of that type, which may be written as a JSON string."""
+def decoded(value: Any, kind: type) -> Any:
+    """A value of that type, which may be written as a JSON string; ValueError for any other."""
     value = json.loads(value) if isinstance(value, str) else value
     _require(isinstance(value, kind), f"not a {kind.__name__}")
     return value
@@ -172,21 +183,21 @@ def _function(value: Any) -> dict[str, Any]:
 
 def _tools(value: Any) -> list[dict[str, Any]]:
     tools = []
-    for tool in map(_function, _decoded(value, list)):
+    for tool in map(_function, decoded(value, list)):
         description, parameters = tool.get("description") or "", tool.get("parameters")
         _require(isinstance(description, str), "a description that is no text")
-        parameters = {} if parameters is None else _decoded(parameters, dict)
+        parameters = {} if parameters is None else decoded(parameters, dict)
         tools.append({**tool, "name": tool["name"], "description": description, "parameters": parameters})
     return tools
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
-    calls = map(_function, _decoded(value, list))
-    return [{"name": call["name"], "arguments": _decoded(call.get("arguments"), dict)} for call in calls]
+    calls = map(_function, decoded(value, list))
+    return [{"name": call["name"], "arguments": decoded(call.get("arguments"), dict)} for call in calls]
 
 
 def _turns(value: Any) -> list[dict[str, Any]]:
-    turns = [_turn(turn) for turn in _decoded(value, list)]
+    turns = [_turn(turn) for turn in decoded(value, list)]
     asked = [turn["role"] for turn in turns if turn["role"] != "system"]
     _require(asked[-1:] in (["user"], ["tool"]), "no turn to answer at the end")
     return turns
@@ -212,26 +223,31 @@ def _turn(turn: Any) -> dict[str, Any]:
 # Files and the hub. Each yields (row, source).
 
 
-def _rows(path: str | Path) -> Iterator[tuple[Any, str]]:
+def rows(path: str | Path) -> Iterator[tuple[Any, str]]:
+    """The rows of a file, a folder or a hub id, one after another as they are stored, each with the name of its source.
+
+    Errors as in `load`.
+    """
     place = Path(path)
     if not place.exists():
         yield from _hub_rows(str(path))
         return
-    for file in _files(place):
+    for file in files(place):
         read = _parquet_rows if file.suffix == ".parquet" else _json_rows
         for row in read(file):
             yield row, file.stem
 
 
-def _files(place: Path) -> list[Path]:
+def files(place: Path) -> list[Path]:
+    """The data files that a path means: itself, or those in the folder, by name. Errors as in `load`."""
     if place.is_file():
         if place.suffix not in SUFFIXES:
             raise ValueError(f"{place}: not a data file by its name: give a file that ends in {', '.join(SUFFIXES)}")
         return [place]
-    files = sorted(file for file in place.iterdir() if file.suffix in SUFFIXES and file.is_file())
-    if not files:
+    found = sorted(file for file in place.iterdir() if file.suffix in SUFFIXES and file.is_file() and file.name != MANIFEST)
+    if not found:
         raise FileNotFoundError(f"{place}: no data file in this folder: put one in that ends in {', '.join(SUFFIXES)}")
-    return files
+    return found
 
 
 def _json_rows(file: Path) -> Iterator[Any]:
@@ -282,6 +298,11 @@ def _hub_rows(name: str) -> Iterator[tuple[Any, str]]:
         table = datasets.load_dataset(name, split="train")
     except Exception as error:  # a dozen kinds, from no network to a gated data set; all mean that there are no rows
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if "gated dataset" in reason:
+            raise PermissionError(
+                f"{name}: this data set is gated: accept its conditions at https://huggingface.co/datasets/{name}, then log "
+                "in with `hf auth login` (or set HF_TOKEN); or download it and give the file"
+            ) from error
         raise FileNotFoundError(f"{name}: no such file or folder, nor on the hub ({reason}): give {may_be}") from error
     _refuse_struct_arguments(table.features.arrow_schema, name)
     for row in table:

@@ -62,5 +62,5 @@ def test_content_that_is_no_plain_json_is_refused(value):
 
 
 def test_data_does_not_import_jax():
-    code = "import sys, data.example, data.jsonl, data.prompt; sys.exit('jax' in sys.modules)"
+    code = "import sys, data.example, data.jsonl, data.prompt, data.build; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

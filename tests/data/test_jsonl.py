@@ -154,12 +154,32 @@ def test_rows_without_a_call_can_be_kept(tmp_path):
     assert [example.answer for example in load(path, keep_no_call=True).examples] == [(), (), (CALL,)]
 
 
+def test_a_row_may_say_that_no_call_is_right():
+    for mark, outcome in ((True, ()), (False, jsonl.NO_CALL), ("true", jsonl.NO_CALL), (None, jsonl.NO_CALL)):
+        example = example_of({**ROW, "answers": [], "no_call": mark}, "test")
+        assert (example if isinstance(example, str) else example.answer) == outcome
+    assert example_of({**ROW, "no_call": True}, "test") == PLAIN
+
+
+def test_a_row_made_of_an_example_is_read_back_as_it():
+    turns = [
+        {"role": "user", "content": "How warm?"},
+        {"role": "gpt", "tool_calls": [{"function": CALL}]},
+        {"role": "tool", "content": "4", "name": "weather"},
+    ]
+    more = {"id": 3, "source": "mine", "reasoning": "why", "response": "all", "messages": turns}
+    for row in (ROW, {**ROW, **more}, {**ROW, "answers": [], "no_call": True}):
+        example = example_of(row, "test")
+        assert example_of(json.loads(json.dumps(jsonl.row_of(example))), "other") == example
+
+
 def test_folder_is_read_by_file_name_and_other_files_are_left_alone(tmp_path):
     rows = numbered(6)
     write(tmp_path / "b.jsonl", rows[2:4])
     (tmp_path / "a.json").write_text("\n  " + json.dumps(rows[:2], indent=1))  # one list
     write(tmp_path / "c.json", [rows[4], rows[0]])  # lines in a .json
     (tmp_path / "README.md").write_text("no data")
+    (tmp_path / "manifest.json").write_text('{"made_by": "data.build"}')
     (tmp_path / "d.jsonl").mkdir()
     loaded = load(tmp_path)
     assert [example.messages[0]["content"] for example in loaded.examples] == [f"question {i}" for i in range(5)]
