@@ -219,6 +219,13 @@ def test_target_is_the_response_else_the_answer_after_the_reasoning():
     assert target(reasoning="Oslo.", response=" as it is ") == " as it is "
 
 
+def test_the_calls_alone_are_right_but_for_the_think_block():
+    text = prompt.target(make(TURNS, TOOLS, LAST_CALLS, "test", {"reasoning": "Oslo.", "response": "other"}), "calls")
+    assert text == prompt.reply(LAST_CALLS, "").removeprefix("<think>\n\n</think>\n") and "think" not in text
+    assert judge(text, LAST_CALLS, "binary").reason == "no_format"
+    assert judge(text, LAST_CALLS, "binary_no_reasoning").value == 1.0
+
+
 def test_a_template_that_refuses_the_conversation_is_one_clear_error():
     refusing = byte_tokenizer(NO_SYSTEM + CHATML)
     with pytest.raises(ValueError, match=rf"^the chat template .* example {SINGLE.id}, roles system, user") as e:
