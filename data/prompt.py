@@ -98,7 +98,8 @@ def encode(example: Example, tokenizer: Any, template: str | None = None) -> lis
 def reply(calls: Sequence[dict[str, Any]], reasoning: str | None) -> str:
     """A reply in the thinking format: the thought in a think block (empty where it is ""), then one list of calls.
 
-    With None for the thought there is no think block. calls: {"name": str, "arguments": dict}; other keys are left out. The reward's parser reads the same calls back.
+    With None for the thought there is no think block. calls: {"name": str, "arguments": dict}; other keys are left out.
+    The reward's parser reads the same calls back.
     """
     listed = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
     listed_text = _TAG.sub(r"\\u003c\1>", json.dumps(listed, ensure_ascii=False))

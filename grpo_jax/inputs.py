@@ -77,7 +77,7 @@ def require(settings: Any) -> None:
         raise ValueError("--data.path is missing: give a JSONL file, a folder, a hub id, or `demo`")
     if not 0 <= settings.data.begin < settings.data.end <= 1:
         raise ValueError(
-            f"--data.begin {settings.data.begin} and --data.end {settings.data.end}: give 0 <= begin < end <= 1, shares of the rows"
+            f"--data.begin {settings.data.begin} --data.end {settings.data.end}: give 0 <= begin < end <= 1, shares of the rows"
         )
     check_options(settings)
 
@@ -101,9 +101,7 @@ def model_folder(path: str) -> str:
     if (folder / "hf").is_dir():
         return str(folder / "hf")
     if (folder / "checkpoints").is_dir():
-        raise ValueError(
-            f"{path}: this run has not finished, so it has no model yet; start it again with its own command first"
-        )
+        raise ValueError(f"{path}: this run has not finished, so it has no model yet; start its own command again first")
     return path
 
 

@@ -91,7 +91,7 @@ def test_a_share_that_is_none_is_refused(begin, end):
 def test_the_folder_of_a_run_stands_for_its_model(tiny_model, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ValueError, match="run: this run has not finished, so it has no model yet; start it again"):
+    with pytest.raises(ValueError, match="run: this run has not finished, so it has no model yet; start its own"):
         inputs.load_policy(str(run))
     (run / "hf").symlink_to(tiny_model)
     assert inputs.load_policy(str(run)).path == str(run / "hf")

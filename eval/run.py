@@ -1,0 +1,257 @@
+"""What a model makes of tasks it was not trained on: greedy responses, verdicts, scores. `python -m eval.run --help`
+
+    open_model    a Hugging Face folder, a hub id or a finished run -> Model, on this host's devices
+    respond       Model and Examples -> one Response each, by the sampler and the prompt of training
+    evaluate      Model, Examples and a verdict (a grpo_jax.reward.Reward) -> one Answer each
+    summarize     Answers -> scores.json
+
+A benchmark is Examples and a verdict. Greedy decoding draws nothing, so there is no seed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from jax.sharding import Mesh
+from rich import progress
+
+from data import demo, jsonl, prompt
+from data.example import Example
+from grpo_jax import checkpoint, config, console, hosts, inputs, mesh, reward, rollout, train
+from grpo_jax.inputs import Policy, Task
+from grpo_jax.reward import Response, Reward
+from grpo_jax.rollout import Sampling
+from grpo_jax.run import cache_compilations, free_memory
+from models.decoder import Params
+
+DEMO_ROWS = 256
+_DEMO_SEED = 1  # runs on the demo's tasks validate on those of seed 0
+TOO_LONG = "prompt_too_long"  # the reason of a task that the model's context has no room for; it counts as wrong
+
+
+@dataclass(frozen=True)
+class Data:
+    path: str
+    """Rows to answer: a JSONL, JSON or Parquet file, a folder of them, a hub id; or `demo`, held-out tasks that the program
+    makes, others than a run validates on."""
+    template: str | None = None
+    """A text file that replaces the built-in thinking template. Left out: that of the run, where --model is one."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Greedy responses of a model to rows of tool calls, each with its verdict, and the scores."""
+
+    model: str
+    """A Hugging Face folder, a hub id, or the folder of a finished run."""
+    data: Data
+    out: Path
+    """The folder to write: responses.jsonl and scores.json."""
+    limit: int | None = None
+    """Rows to answer, at most: of a file's, some by a fixed shuffle; of the demo's, 256 if left out."""
+    max_response_tokens: int = 4096
+    """A response that reaches this length is stopped."""
+    rows: int | None = None
+    """Responses decoded at once. Left out: what the device's memory holds (128 on a CPU)."""
+    tensor: int | None = None
+    """Devices that share one copy of the weights. Left out: as few as hold it."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is ready to answer."""
+
+    policy: Policy
+    params: Params  # by layer, in the compute dtype
+    local: Mesh
+    free: int | None  # bytes of a device beside the weights; None: not known
+    fingerprint: str  # of the weights
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One response and what it is worth."""
+
+    id: str  # of the example
+    text: str
+    token_count: int
+    truncated: bool
+    verdict: float  # what the verdict function gives; 1 is right
+    reason: str
+    calls: bool  # whether the calls are right, with a think block or without
+
+
+def open_model(path: str, tensor: int | None = None) -> Model:
+    """Loads it; `path` as in `inputs.model_folder`. Raises ValueError or FileNotFoundError for what does not fit."""
+    policy = inputs.load_policy(path)
+    dtype = inputs.compute_dtype(config.Learner())
+    tensor = tensor or mesh.rollout_tensor(policy.model, dtype, jax.local_device_count(), hosts.memory())
+    local = mesh.local(tensor)
+    mesh.shardings(local, policy.model, section="rollout")  # refuses what does not divide
+    free = free_memory(policy.model, dtype, local)
+    stored = inputs.load_params(policy, local, None)
+    print_of_weights = checkpoint.fingerprint(checkpoint.checksums(stored))
+    return Model(policy, mesh.host_copy(stored, policy.model, dtype, tensor), local, free, print_of_weights)
+
+
+def respond(
+    model: Model,
+    examples: Sequence[Example],
+    template: str | None = None,
+    max_response_tokens: int = 4096,
+    rows: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Response | None]:
+    """The greedy response to each example, in their order; None where its prompt leaves no room for one.
+
+    `template` is the text of one, as `data.prompt.load_template` returns it.
+    """
+    policy, room = model.policy, model.policy.model.max_positions - max_response_tokens
+    if room < 1:
+        raise ValueError(
+            f"--max_response_tokens {max_response_tokens:,} leaves no room for a prompt: {policy.path} is made for "
+            f"{policy.model.max_positions:,} tokens; lower it"
+        )
+    encoded = [np.array(prompt.encode(example, policy.tokenizer, template), np.int32) for example in examples]
+    fit = [i for i, ids in enumerate(encoded) if len(ids) <= room]
+    tasks = [Task(examples[i], encoded[i]) for i in fit]
+    learner = config.Learner()
+    sampling = Sampling(policy.end_tokens, 1, max_response_tokens, temperature=0.0)
+    longest = max((len(task.prompt) for task in tasks), default=1)
+    shards = mesh.shards(model.local)
+    found, cache = rollout.pool_size(
+        policy.model, inputs.compute_dtype(learner), sampling, longest, model.free, shards
+    )  # fmt: skip
+    groups, _ = rollout.sample(
+        policy.model,
+        model.params,
+        [task.prompt for task in tasks],
+        Sampling(policy.end_tokens, 1, max_response_tokens, temperature=0.0, rows=rows or found, cache_bytes=cache),
+        mesh=model.local,
+        kernel=inputs.attention_kernel(learner, policy.model),
+        progress=progress,
+    )
+    # As a reward is given them: the texts are those that training scores.
+    _, read = train.score(policy, tasks, groups, lambda responses, example: responses)
+    by_place = dict(zip(fit, (row[0] for row in read), strict=True))
+    return [by_place.get(i) for i in range(len(examples))]
+
+
+def judged(examples: Sequence[Example], responses: Sequence[Response | None], verdict: Reward) -> list[Answer]:
+    """Each response with its verdict; a task without a response is wrong."""
+    answers = []
+    for example, response in zip(examples, responses, strict=True):
+        if response is None:
+            answers.append(Answer(example.id, "", 0, False, 0.0, TOO_LONG, False))
+            continue
+        scored = verdict([response], example)[0]
+        calls = reward.score(response.text, example.answer, "binary_no_reasoning") == 1
+        answers.append(
+            Answer(
+                example.id, response.text, response.token_count, response.truncated, float(scored.value), scored.reason, calls
+            )
+        )
+    return answers
+
+
+def summarize(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Shares over all rows, those without a response among them; mean response tokens over the rows that have one."""
+    rows = len(answers)
+    answered = [answer for answer in answers if answer.reason != TOO_LONG]
+    return {
+        "rows": rows,
+        "accuracy": sum(answer.verdict >= 1 for answer in answers) / rows,
+        "calls": sum(answer.calls for answer in answers) / rows,
+        "reasons": {reason: count / rows for reason, count in Counter(answer.reason for answer in answers).most_common()},
+        "response_tokens": sum(answer.token_count for answer in answered) / max(1, len(answered)),
+        "truncated": sum(answer.truncated for answer in answers) / rows,
+    }
+
+
+def examples_of(path: str, limit: int | None) -> list[Example]:
+    """The rows of `path`, or the demo's test tasks; at most `limit`."""
+    if path == "demo":
+        return demo.tasks(limit or DEMO_ROWS, seed=_DEMO_SEED, held_out=True)
+    return jsonl.split(jsonl.load(path).examples, 0.0, 0)[0][:limit]
+
+
+def template_of(args: Args) -> str:
+    """The text of the template: the one given, else that of the run, else the demo's for the demo's tasks."""
+    path, file = args.data.template, Path(args.model) / "config.json"
+    if path is None and (Path(args.model) / "hf").is_dir() and file.is_file():
+        path = json.loads(file.read_text())["data"]["template"]
+    elif path is None and args.data.path == "demo":
+        path = str(config.DEMO_TEMPLATE)
+    return prompt.load_template(path)
+
+
+def run(args: Args) -> dict[str, Any]:
+    """Answers the rows, writes both files and returns the scores."""
+    for name in ("limit", "max_response_tokens", "rows", "tensor"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name} {value}: give a number from 1 on")
+    template, examples = template_of(args), examples_of(args.data.path, args.limit)
+    model = open_model(args.model, args.tensor)
+    bar = progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        console=console.CONSOLE,
+        transient=True,
+        disable=not console.CONSOLE.is_terminal,
+    )
+    with bar:
+        shown = bar.add_task("responses", total=len(examples))
+        tell = lambda done, total: bar.update(shown, completed=done, total=total)  # noqa: E731
+        responses = respond(model, examples, template, args.max_response_tokens, args.rows, tell)
+    answers = judged(examples, responses, reward.resolve("binary"))
+    if missing := sum(response is None for response in responses):
+        console.warn(f"{missing:,} of {len(examples):,} prompts are too long for the model; they count as wrong")
+    scores = summarize(answers) | {
+        "model": args.model,
+        "model_fingerprint": model.fingerprint,
+        "data": args.data.path,
+        "data_fingerprint": checkpoint.fingerprint([[example.id for example in examples], template]),
+        "max_response_tokens": args.max_response_tokens,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    written = [json.dumps(vars(answer), ensure_ascii=False) + "\n" for answer in answers]
+    _write(args.out / "responses.jsonl", "".join(written))
+    _write(args.out / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+    console.header(
+        f"{args.model} on {len(examples):,} rows of {args.data.path}",
+        [
+            ("accuracy", f"{scores['accuracy']:.1%}"),
+            ("right calls", f"{scores['calls']:.1%}"),
+            *((reason, f"{share:.1%}") for reason, share in scores["reasons"].items()),
+            ("tokens", f"{scores['response_tokens']:.1f} a response"),
+            ("written", str(args.out)),
+        ],
+    )
+    return scores
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def main() -> None:
+    cache_compilations()
+    run(tyro.cli(Args, prog="python -m eval.run", use_underscores=True))
+
+
+if __name__ == "__main__":
+    config.run_main(main)
