@@ -11,7 +11,6 @@ A benchmark is Examples and a verdict. Greedy decoding draws nothing, so there i
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from rich import progress
 
 from data import demo, jsonl, prompt
 from data.example import Example
+from eval import report
 from grpo_jax import checkpoint, config, console, hosts, inputs, mesh, reward, rollout, train
 from grpo_jax.inputs import Policy, Task
 from grpo_jax.reward import Response, Reward
@@ -226,8 +226,8 @@ def run(args: Args) -> dict[str, Any]:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     written = [json.dumps(vars(answer), ensure_ascii=False) + "\n" for answer in answers]
-    _write(args.out / "responses.jsonl", "".join(written))
-    _write(args.out / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+    report.write(args.out / "responses.jsonl", "".join(written))
+    report.write(args.out / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
     console.header(
         f"{args.model} on {len(examples):,} rows of {args.data.path}",
         [
@@ -239,13 +239,6 @@ def run(args: Args) -> dict[str, Any]:
         ],
     )
     return scores
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def main() -> None:

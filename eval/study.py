@@ -5,7 +5,7 @@
     GRIDS     the studies as plain data: (args) -> Study, its rows in the paper's order
     command   a row and a seed -> the command line of its training
     once      runs a command unless it has run, and keeps that it has
-    table     scores -> study.md;  plots -> accuracy.png, curves.png
+    report    (its own module) scores -> study.md, accuracy.png, curves.png
 
 Each run is a process of its own in OUT/ROW/seed-S. The same command again goes on where it stopped: training resumes
 itself, what has finished is not repeated. A run that fails is reported, and the others go on.
@@ -14,13 +14,10 @@ itself, what has finished is not repeated. A run that fails is reported, and the
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +27,8 @@ import tyro
 
 from data import demo
 from data.example import Example
-from eval import plots
+from eval import report
+from eval.report import Outcome
 from grpo_jax import config, console
 from grpo_jax.config import DEMO_MODEL
 
@@ -95,7 +93,7 @@ class Study:
     paper: str  # where its numbers come from
     rows: tuple[Row, ...]
     evaluation: tuple[str, ...]  # options of eval.run
-    files: Callable[[Path], None] = lambda out: None  # writes what the runs read
+    files: Callable[[Path], None] = lambda out: None  # writes, into the study's folder, rows that the runs read
 
 
 # ---------------------------------------------------------------- the grids
@@ -106,7 +104,7 @@ _DEMO_GRPO = (
     "--run.no_tensorboard", "--rollout.prompts_per_step", "16", "--validation.every", "6", "--validation.limit", "128",
 )  # fmt: skip
 _DEMO_SFT = ("--run.no_tensorboard", "--validation.limit", "0")
-_DEMO_SFT_RATE = "1e-3"
+_DEMO_SFT_RATE = "3e-4"
 _DEMO_EVALUATION = ("--data.path", "demo", "--max_response_tokens", "96")
 
 
@@ -156,8 +154,9 @@ def rewards(args: Args) -> Study:
     )
     if args.scale == "paper":
         preset, options, start = "tool-n1-7b", ("--data.path", args.data), args.model
-        before = (_raw(args, None),)
+        before, files = (_raw(args, None),), Study.files
     else:
+        files = _half_thinking
         preset, start = "demo", "row:half-thinking"
         options = (*_DEMO_GRPO, "--run.steps", "24", "--data.end", f"{_SHARE:g}")
         warm = ("--run.steps", "20", "--data.path", str(args.out / "half_thinking.jsonl"), "--optimizer.learning_rate", "1e-3")
@@ -168,7 +167,7 @@ def rewards(args: Args) -> Study:
             ),
         )  # fmt: skip
     rows = [Row(kind, label, GRPO, preset, (*options, "--reward.kind", kind), start, paper) for kind, label, paper in kinds]
-    return Study("What the reward pays for", "Table 4", (*before, *rows), _evaluation(args), _half_thinking)
+    return Study("What the reward pays for", "Table 4", (*before, *rows), _evaluation(args), files)
 
 
 def _half_thinking(out: Path) -> None:
@@ -188,7 +187,9 @@ def data(args: Args) -> Study:
         rows = [
             Row(name, labels[name], GRPO, "tool-n1-7b", ("--data.path", paths[name]), args.model, paper[name]) for name in paper
         ]
+        files = Study.files
     else:
+        files = _two_sources
         labels = {"single": "Tasks of one call alone", "parallel": "Tasks of two calls alone", "both": "Half of each"}
         held_out = ("--data.validation_path", str(args.out / "validation.jsonl"))
         rows = [
@@ -199,7 +200,7 @@ def data(args: Args) -> Study:
             for name in labels
         ]  # fmt: skip
     raw = _raw(args, (73.94, 61.14, 67.54))
-    return Study("What the data is made of", "Table 5", (raw, *rows), _evaluation(args), _two_sources)
+    return Study("What the data is made of", "Table 5", (raw, *rows), _evaluation(args), files)
 
 
 def _two_sources(out: Path) -> None:
@@ -254,7 +255,7 @@ def _write_rows(path: Path, rows: Sequence[Example], replies: Sequence[str] | No
     for i, row in enumerate(rows):
         plain = {"messages": row.messages, "tools": row.tools, "answers": row.answer, "source": row.source}
         texts.append(json.dumps(plain | ({} if replies is None else {"response": replies[i]}), ensure_ascii=False) + "\n")
-    _write(path, "".join(texts))
+    report.write(path, "".join(texts))
 
 
 # ---------------------------------------------------------------- commands
@@ -322,48 +323,41 @@ def check(args: Args) -> None:
 # ---------------------------------------------------------------- running them
 
 
-@dataclass
-class Outcome:
-    """What became of one run."""
-
-    scores: dict[str, Any] | None = None
-    problem: str = ""
-    seconds: float = 0.0
-
-
-def once(label: str, folder: Path, step: str, chain: Sequence[Sequence[str]]) -> float:
-    """Runs the last command of the chain, unless this chain ran to its end before; returns the seconds it took.
+def once(label: str, folder: Path, step: str, chain: Sequence[Sequence[str]]) -> None:
+    """Runs the last command of the chain, unless this chain ran to its end before.
 
     The chain is in the marker, because a model is another one if what it began from is. Raises ChildProcessError, with the
     last lines of its log, for a command that fails.
     """
     marker, log = folder.with_name(f"{folder.name}.{step}.json"), folder.with_name(f"{folder.name}.{step}.log")
     wanted = [list(one) for one in chain]
-    if marker.exists():
-        done = json.loads(marker.read_text())
-        if done["commands"] == wanted:
-            return done["seconds"]
+    if marker.exists() and json.loads(marker.read_text()) == wanted:
+        return
     marker.unlink(missing_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     console.note(f"{label}: {shlex.join(['python', *chain[-1]])}")
-    began = time.monotonic()
     with log.open("ab") as file:
         at = file.tell()
-        child = subprocess.Popen([sys.executable, *chain[-1]], stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        # In a session of its own, a Ctrl-C does not reach it: one signal lets training save its last step, a second would not.
+        child = subprocess.Popen(
+            [sys.executable, *chain[-1]],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
             code = _wait(child, log, label)
         except BaseException:
-            child.send_signal(signal.SIGTERM)  # training saves its last step; a second signal would not let it
+            child.terminate()
             child.wait()
             raise
-    seconds = time.monotonic() - began
     if code:
         with log.open("rb") as file:
             file.seek(at)
             last = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()][-3:]
         raise ChildProcessError(f"exit code {code}: {' | '.join(last) or 'it said nothing'} ({log})")
-    _write(marker, json.dumps({"commands": wanted, "seconds": round(seconds, 1)}, indent=1) + "\n")
-    return seconds
+    report.write(marker, json.dumps(wanted, indent=1) + "\n")
 
 
 def _wait(child: subprocess.Popen, log: Path, label: str) -> int:
@@ -393,107 +387,42 @@ def run(args: Args) -> int:
                     console.CONSOLE.print(shlex.join(["python", *one]), soft_wrap=True)
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.scale == "demo":
-        study.files(args.out)
+    study.files(args.out)
+    asked = f"{args.study} --scale {args.scale} --seeds {args.seeds}"
+    commands = [shlex.join(["python", *job.train]) for job in grid if job.train and job.seed == 0]
     outcomes: dict[tuple[str, int], Outcome] = {}
     chains: dict[tuple[str, int], list[tuple[str, ...]]] = {}
     for number, job in enumerate(grid, 1):
         place, label = (job.row.name, job.seed), f"{number}/{len(grid)} {job.row.name}, seed {job.seed}"
         outcome = outcomes[place] = Outcome()
         before = outcomes.get((job.after, job.seed))
-        if before is not None and before.problem:
-            outcome.problem = f"not run, since {job.after} failed"
-            continue
         chains[place] = [*chains.get((job.after, job.seed), []), *([job.train] if job.train else [])]
         try:
+            if before is not None and before.problem:
+                raise ChildProcessError(f"not run, since {job.after} failed")
             if job.train:
-                outcome.seconds = once(label, job.folder, "train", chains[place])
+                once(label, job.folder, "train", chains[place])
             once(f"{label}, scores", job.folder, "eval", [*chains[place], job.evaluate])
             outcome.scores = json.loads((job.folder / "eval" / "scores.json").read_text())
             console.note(f"{label}: {outcome.scores['accuracy']:.1%} right")
-        except (ChildProcessError, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
             outcome.problem = str(error)
             console.warn(f"{label} failed: {error}")
-        _write(args.out / "study.md", written_up(args, study, outcomes))
-    _write(args.out / "study.md", written_up(args, study, outcomes))
-    labels = {row.name: row.label for row in study.rows}
-    found = {
-        row.name: [o.scores["accuracy"] for (n, _), o in outcomes.items() if n == row.name and o.scores] for row in study.rows
-    }
-    plots.accuracy(args.out / "accuracy.png", labels, found)
-    reinforced = [row.name for row in study.rows if row.program == GRPO]
-    folders = {name: [job.folder for job in grid if job.row.name == name] for name in reinforced}
-    plots.curves(args.out / "curves.png", labels, folders)
+        report.write(args.out / "study.md", report.table(study, asked, outcomes, commands))
+    labels, names = {row.name: row.label for row in study.rows}, [row.name for row in study.rows if row.program == GRPO]
+    report.accuracy(args.out / "accuracy.png", labels, outcomes)
+    report.curves(args.out / "curves.png", labels, {name: [j.folder for j in grid if j.row.name == name] for name in names})
     console.CONSOLE.print((args.out / "study.md").read_text(), soft_wrap=True)
     console.note(f"written: {args.out / 'study.md'}, accuracy.png, curves.png")
     return int(any(outcome.problem for outcome in outcomes.values()))
-
-
-# ---------------------------------------------------------------- the write-up
-
-
-def written_up(args: Args, study: Study, outcomes: dict[tuple[str, int], Outcome]) -> str:
-    """study.md: the table, why responses were wrong, what failed, and the commands of the first seed."""
-    of = lambda row: [o for (name, _), o in sorted(outcomes.items()) if name == row.name]  # noqa: E731
-    scores = {row.name: [o.scores for o in of(row) if o.scores] for row in study.rows}
-    lines = [
-        f"# {study.title}",
-        "",
-        f"`python -m eval.study {args.study} --scale {args.scale} --seeds {args.seeds}`. Accuracy: right calls after a "
-        "thought; right calls: with a thought or without. In %, greedily; mean ± standard deviation over seeds. The paper's numbers "
-        f"({study.paper}) are BFCL's, of a 7B model unless the row says otherwise: not the same test.",
-        "",
-        "| | paper: non-live | paper: live | paper: mean | accuracy | right calls | runs |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in study.rows:
-        paper = [f"{number:.2f}" for number in row.paper] if row.paper else [""] * 3
-        found, failed = scores[row.name], sum(bool(o.problem) for o in of(row))
-        cells = [spread([s[name] for s in found]) for name in ("accuracy", "calls")]
-        runs = f"{len(found)}" + (f", {failed} failed" if failed else "")
-        lines.append(f"| {row.label} | {' | '.join(paper)} | {' | '.join(cells)} | {runs} |")
-    reasons = list(dict.fromkeys(r for found in scores.values() for s in found for r in s["reasons"] if r != "correct"))
-    if reasons:
-        lines += [
-            "",
-            "Why responses were wrong (% of all), and their length:",
-            "",
-            f"| | {' | '.join(reason.replace('_', ' ') for reason in reasons)} | tokens a response |",
-            "|---" * (len(reasons) + 2) + "|",
-        ]
-        for row in study.rows:
-            found = scores[row.name]
-            cells = [spread([s["reasons"].get(reason, 0.0) for s in found]) for reason in reasons]
-            tokens = f"{statistics.mean(s['response_tokens'] for s in found):.1f}" if found else ""
-            lines.append(f"| {row.label} | {' | '.join(cells)} | {tokens} |")
-    if problems := [(name, seed, o.problem) for (name, seed), o in outcomes.items() if o.problem]:
-        lines += ["", "Failed:", "", *(f"- {name}, seed {seed}: {problem}" for name, seed, problem in problems)]
-    lines += ["", "![accuracy](accuracy.png)", "", "![validation accuracy by step](curves.png)", ""]
-    first = [(job.row.name, job.train) for job in jobs(args, study) if job.seed == 0 and job.train]
-    lines += ["The runs of seed 0:", "", "```", *(shlex.join(["python", *train]) for _, train in first), "```", ""]
-    return "\n".join(lines)
-
-
-def spread(shares: Sequence[float]) -> str:
-    """Shares of 1 as per cent: "87.3 ± 1.2"; without the spread for one of them, empty for none."""
-    if not shares:
-        return ""
-    percent = [100 * share for share in shares]
-    return f"{statistics.mean(percent):.1f}" + (f" ± {statistics.stdev(percent):.1f}" if len(percent) > 1 else "")
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def main() -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for one in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(one, interrupt)
     sys.exit(run(tyro.cli(Args, prog="python -m eval.study", use_underscores=True)))
 
 
