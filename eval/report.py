@@ -38,17 +38,18 @@ def table(study: Study, asked: str, outcomes: Outcomes, commands: Sequence[str])
     lines = [
         f"# {study.title}",
         "",
-        f"`python -m eval.study {asked}`. Accuracy: right calls after a thought; right calls: with a thought or without. In %, "
-        f"greedily; mean ± standard deviation over seeds. The paper's numbers ({study.paper}) are BFCL's, of a 7B model unless "
-        "the row says otherwise: not the same test.",
+        f"`python -m eval.study {asked}`. Accuracy: right calls after a thought; right calls: with a thought or without; both of "
+        "greedy responses. Sampled: accuracy of responses drawn at the temperature of training. In %; mean ± standard deviation "
+        f"over seeds. The paper's numbers ({study.paper}) are BFCL's, of a 7B model unless the row says otherwise: another test.",
         "",
-        "| | paper: non-live | paper: live | paper: mean | accuracy | right calls | runs |",
-        "|---|---|---|---|---|---|---|",
+        "| | paper: non-live | paper: live | paper: mean | accuracy | right calls | sampled | runs |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in study.rows:
         found, failed = scores[row.name], sum(bool(o.problem) for o in _of(outcomes, row.name))
         cells = [f"{number:.2f}" for number in row.paper] if row.paper else [""] * 3
         cells += [spread([s[name] for s in found]) for name in ("accuracy", "calls")]
+        cells.append(spread([s["sampled"]["accuracy"] for s in found]))
         cells.append(f"{len(found)}" + (f", {failed} failed" if failed else ""))
         lines.append(f"| {row.label} | {' | '.join(cells)} |")
     if reasons := dict.fromkeys(r for found in scores.values() for s in found for r in s["reasons"] if r != "correct"):

@@ -1,11 +1,11 @@
 """What a model makes of tasks it was not trained on: greedy responses, verdicts, scores. `python -m eval.run --help`
 
     open_model    a Hugging Face folder, a hub id or a finished run -> Model, on this host's devices
-    respond       Model and Examples -> one Response each, by the sampler and the prompt of training
-    evaluate      Model, Examples and a verdict (a grpo_jax.reward.Reward) -> one Answer each
-    summarize     Answers -> scores.json
+    respond       Model and Examples -> Responses, by the sampler and the prompt of training
+    judged        Examples, Responses and a verdict (a grpo_jax.reward.Reward) -> Answers
+    summarize     Answers -> what scores.json has of them
 
-A benchmark is Examples and a verdict. Greedy decoding draws nothing, so there is no seed.
+A benchmark is Examples and a verdict.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,16 @@ class Args:
     """A Hugging Face folder, a hub id, or the folder of a finished run."""
     data: Data
     out: Path
-    """The folder to write: responses.jsonl and scores.json."""
+    """The folder to write: responses.jsonl (and samples.jsonl) with verdicts, and scores.json."""
     limit: int | None = None
     """Rows to answer, at most: of a file's, some by a fixed shuffle; of the demo's, 256 if left out."""
     max_response_tokens: int = 4096
     """A response that reaches this length is stopped."""
+    samples: int = 0
+    """Also draw so many responses to each row. How many of them are right tells how sure a model is, where the greedy ones of
+    two models are alike."""
+    temperature: float = 0.7
+    """Of those."""
     rows: int | None = None
     """Responses decoded at once. Left out: what the device's memory holds (128 on a CPU)."""
     tensor: int | None = None
@@ -108,12 +113,16 @@ def respond(
     examples: Sequence[Example],
     template: str | None = None,
     max_response_tokens: int = 4096,
+    *,
+    samples: int = 1,
+    temperature: float = 0.0,
     rows: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Response | None]:
-    """The greedy response to each example, in their order; None where its prompt leaves no room for one.
+) -> list[list[Response]]:
+    """`samples` responses to each example, in their order; none where its prompt leaves no room for them.
 
-    `template` is the text of one, as `data.prompt.load_template` returns it.
+    `template` is the text of one, as `data.prompt.load_template` returns it. At temperature 0, the default, greedy; above,
+    the same ones each time (of seed 0).
     """
     policy, room = model.policy, model.policy.model.max_positions - max_response_tokens
     if room < 1:
@@ -124,51 +133,44 @@ def respond(
     encoded = [np.array(prompt.encode(example, policy.tokenizer, template), np.int32) for example in examples]
     fit = [i for i, ids in enumerate(encoded) if len(ids) <= room]
     tasks = [Task(examples[i], encoded[i]) for i in fit]
-    learner = config.Learner()
-    sampling = Sampling(policy.end_tokens, 1, max_response_tokens, temperature=0.0)
     longest = max((len(task.prompt) for task in tasks), default=1)
-    shards = mesh.shards(model.local)
-    found, cache = rollout.pool_size(
-        policy.model, inputs.compute_dtype(learner), sampling, longest, model.free, shards
-    )  # fmt: skip
+    learner, sampling = config.Learner(), Sampling(policy.end_tokens, samples, max_response_tokens, temperature)
+    dtype, shards = inputs.compute_dtype(learner), mesh.shards(model.local)
+    found, cache = rollout.pool_size(policy.model, dtype, sampling, longest, model.free, shards)
     groups, _ = rollout.sample(
         policy.model,
         model.params,
         [task.prompt for task in tasks],
-        Sampling(policy.end_tokens, 1, max_response_tokens, temperature=0.0, rows=rows or found, cache_bytes=cache),
+        replace(sampling, rows=rows or found, cache_bytes=cache),
         mesh=model.local,
         kernel=inputs.attention_kernel(learner, policy.model),
         progress=progress,
     )
-    # As a reward is given them: the texts are those that training scores.
+    # A reward that hands back what it is given: so the texts are those that training scores.
     _, read = train.score(policy, tasks, groups, lambda responses, example: responses)
-    by_place = dict(zip(fit, (row[0] for row in read), strict=True))
-    return [by_place.get(i) for i in range(len(examples))]
+    by_place = dict(zip(fit, read, strict=True))
+    return [by_place.get(i, []) for i in range(len(examples))]
 
 
-def judged(examples: Sequence[Example], responses: Sequence[Response | None], verdict: Reward) -> list[Answer]:
-    """Each response with its verdict; a task without a response is wrong."""
+def judged(examples: Sequence[Example], responses: Sequence[Sequence[Response]], verdict: Reward) -> list[Answer]:
+    """Every response with its verdict; a task without any is wrong, once."""
     answers = []
-    for example, response in zip(examples, responses, strict=True):
-        if response is None:
+    for example, row in zip(examples, responses, strict=True):
+        for response, scored in zip(row, verdict(row, example), strict=True) if row else ():
+            calls = reward.score(response.text, example.answer, "binary_no_reasoning") == 1
+            value = float(scored.value)
+            written = (response.text, response.token_count, response.truncated)
+            answers.append(Answer(example.id, *written, value, scored.reason, calls))
+        if not row:
             answers.append(Answer(example.id, "", 0, False, 0.0, TOO_LONG, False))
-            continue
-        scored = verdict([response], example)[0]
-        calls = reward.score(response.text, example.answer, "binary_no_reasoning") == 1
-        answers.append(
-            Answer(
-                example.id, response.text, response.token_count, response.truncated, float(scored.value), scored.reason, calls
-            )
-        )
     return answers
 
 
 def summarize(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Shares over all rows, those without a response among them; mean response tokens over the rows that have one."""
+    """Shares over all answers, those without a response among them; mean response tokens over those that have one."""
     rows = len(answers)
     answered = [answer for answer in answers if answer.reason != TOO_LONG]
     return {
-        "rows": rows,
         "accuracy": sum(answer.verdict >= 1 for answer in answers) / rows,
         "calls": sum(answer.calls for answer in answers) / rows,
         "reasons": {reason: count / rows for reason, count in Counter(answer.reason for answer in answers).most_common()},
@@ -199,25 +201,20 @@ def run(args: Args) -> dict[str, Any]:
     for name in ("limit", "max_response_tokens", "rows", "tensor"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: give a number from 1 on")
+    if args.samples < 0 or not args.temperature > 0:
+        raise ValueError(f"--samples {args.samples} --temperature {args.temperature}: give a number from 0 on, and one above 0")
     template, examples = template_of(args), examples_of(args.data.path, args.limit)
     model = open_model(args.model, args.tensor)
-    bar = progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        console=console.CONSOLE,
-        transient=True,
-        disable=not console.CONSOLE.is_terminal,
-    )
-    with bar:
-        shown = bar.add_task("responses", total=len(examples))
-        tell = lambda done, total: bar.update(shown, completed=done, total=total)  # noqa: E731
-        responses = respond(model, examples, template, args.max_response_tokens, args.rows, tell)
-    answers = judged(examples, responses, reward.resolve("binary"))
-    if missing := sum(response is None for response in responses):
+    answers = {"responses": _answers(args, model, examples, template, 1, 0.0)}
+    if args.samples:
+        answers["samples"] = _answers(args, model, examples, template, args.samples, args.temperature)
+    greedy = answers["responses"]
+    if missing := sum(answer.reason == TOO_LONG for answer in greedy):
         console.warn(f"{missing:,} of {len(examples):,} prompts are too long for the model; they count as wrong")
-    scores = summarize(answers) | {
+    scores = {"rows": len(examples), **summarize(greedy)}
+    if args.samples:
+        scores["sampled"] = {"samples": args.samples, "temperature": args.temperature, **summarize(answers["samples"])}
+    scores |= {
         "model": args.model,
         "model_fingerprint": model.fingerprint,
         "data": args.data.path,
@@ -225,20 +222,43 @@ def run(args: Args) -> dict[str, Any]:
         "max_response_tokens": args.max_response_tokens,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    written = [json.dumps(vars(answer), ensure_ascii=False) + "\n" for answer in answers]
-    report.write(args.out / "responses.jsonl", "".join(written))
+    for name, some in answers.items():
+        lines = [json.dumps(vars(answer), ensure_ascii=False) + "\n" for answer in some]
+        report.write(args.out / f"{name}.jsonl", "".join(lines))
     report.write(args.out / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
     console.header(
         f"{args.model} on {len(examples):,} rows of {args.data.path}",
         [
             ("accuracy", f"{scores['accuracy']:.1%}"),
             ("right calls", f"{scores['calls']:.1%}"),
+            *([("sampled", f"{scores['sampled']['accuracy']:.1%} accuracy")] if args.samples else []),
             *((reason, f"{share:.1%}") for reason, share in scores["reasons"].items()),
             ("tokens", f"{scores['response_tokens']:.1f} a response"),
             ("written", str(args.out)),
         ],
     )
     return scores
+
+
+def _answers(
+    args: Args, model: Model, examples: Sequence[Example], template: str, samples: int, temperature: float
+) -> list[Answer]:
+    """Responses with a progress bar, judged."""
+    columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeElapsedColumn())
+    silent = not console.CONSOLE.is_terminal
+    with progress.Progress("responses", *columns, console=console.CONSOLE, transient=True, disable=silent) as bar:
+        shown = bar.add_task("responses", total=samples * len(examples))
+        responses = respond(
+            model,
+            examples,
+            template,
+            args.max_response_tokens,
+            samples=samples,
+            temperature=temperature,
+            rows=args.rows,
+            progress=lambda done, total: bar.update(shown, completed=done, total=total),
+        )
+    return judged(examples, responses, reward.resolve("binary"))
 
 
 def main() -> None:

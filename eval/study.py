@@ -104,8 +104,8 @@ _DEMO_GRPO = (
     "--run.no_tensorboard", "--rollout.prompts_per_step", "16", "--validation.every", "6", "--validation.limit", "128",
 )  # fmt: skip
 _DEMO_SFT = ("--run.no_tensorboard", "--validation.limit", "0")
-_DEMO_SFT_RATE = "3e-4"
-_DEMO_EVALUATION = ("--data.path", "demo", "--max_response_tokens", "96")
+_DEMO_SFT_RATE = "1e-3"
+_DEMO_EVALUATION = ("--data.path", "demo", "--max_response_tokens", "96", "--samples", "4")
 
 
 def recipes(args: Args) -> Study:
@@ -118,8 +118,8 @@ def recipes(args: Args) -> Study:
 
     def supervised(name: str, label: str, replies: str, end: float, paper: tuple[float, float, float]) -> Row:
         options = share(0, end)
-        if demo_scale:  # two passes
-            steps = str(round(2 * end * _ROWS / 32))
+        if demo_scale:  # five passes, as in the paper
+            steps = str(round(5 * end * _ROWS / 32))
             more = ("--run.steps", steps, "--data.replies", replies, "--optimizer.learning_rate", _DEMO_SFT_RATE)
             return Row(name, label, SFT, "demo", (*_DEMO_SFT, *more, *options), args.model, paper)
         preset = "tool-n1-reason" if replies == "reasoning" else "tool-n1-no-reason"
@@ -244,7 +244,7 @@ def _evaluation(args: Args) -> tuple[str, ...]:
     limit = () if args.limit is None else ("--limit", str(args.limit))
     if args.scale == "demo":
         return (*_DEMO_EVALUATION, *limit)
-    return ("--data.path", args.test, *limit)
+    return ("--data.path", args.test, "--samples", "4", *limit)
 
 
 def _write_rows(path: Path, rows: Sequence[Example], replies: Sequence[str] | None = None) -> None:
