@@ -85,22 +85,26 @@ def spread(shares: Sequence[float]) -> str:
 
 
 def accuracy(path: Path, labels: Mapping[str, str], outcomes: Outcomes) -> None:
-    """One line a row of the study: a point a seed, a bar at their mean. `labels`: of the rows, by name."""
-    figure = _figure(8.5, 0.8 + 0.42 * len(labels))
+    """One line a row of the study: a point a seed, a bar at the mean of the greedy ones. `labels`: of the rows, by name."""
+    figure = _figure(9, 1.0 + 0.45 * len(labels))
     axes = figure.subplots()
     for place, name in enumerate(labels):
-        shares = [100 * outcome.scores["accuracy"] for outcome in _of(outcomes, name) if outcome.scores]
-        if shares:
-            axes.barh(place, statistics.mean(shares), height=0.6, color="#C9DDEC")
-            offsets = np.linspace(-0.15, 0.15, len(shares)) if len(shares) > 1 else [0.0]
-            axes.plot(shares, place + np.array(offsets), "o", color=COLOURS[0], markersize=5)
-            axes.text(101.5, place, f"{statistics.mean(shares):.1f}", va="center", fontsize=9, color="#444444")
-        else:
+        found = [outcome.scores for outcome in _of(outcomes, name) if outcome.scores]
+        if not found:
             axes.text(1, place, "no result", va="center", fontsize=9, color="#999999")
+            continue
+        greedy, sampled = ([100 * s["accuracy"] for s in some] for some in (found, [s["sampled"] for s in found]))
+        axes.barh(place, statistics.mean(greedy), height=0.7, color="#DCE8F2")
+        spots = place + np.linspace(-0.2, 0.2, len(found)) if len(found) > 1 else [place]
+        axes.plot(greedy, spots, "o", color=COLOURS[0], markersize=5, clip_on=False, label="greedy")
+        axes.plot(sampled, spots, "D", color=COLOURS[1], markersize=4, clip_on=False, label="sampled")
     axes.set_yticks(range(len(labels)), labels.values())
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel("accuracy (%); a point is a seed, the bar their mean")
+    axes.set_xlabel("accuracy (%)")
+    once = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if once:
+        figure.legend(once.values(), once.keys(), loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     _plain(axes)
     _save(figure, path)
 
@@ -125,7 +129,7 @@ def curves(path: Path, labels: Mapping[str, str], runs: Mapping[str, Sequence[Pa
     if axes.lines:
         axes.legend(frameon=False, fontsize=9)
     axes.set_xlabel("step of reinforcement learning")
-    axes.set_ylabel("validation accuracy (%)")
+    axes.set_ylabel("validation accuracy (%), by the reward of the run")
     _plain(axes)
     _save(figure, path)
 
