@@ -33,7 +33,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 
@@ -95,14 +95,16 @@ def encode(example: Example, tokenizer: Any, template: str | None = None) -> lis
     return list(ids)
 
 
-def reply(calls: Sequence[dict[str, Any]], reasoning: str) -> str:
-    """A reply in the thinking format: the thought in a think block (empty where there is none), then one list of calls.
+def reply(calls: Sequence[dict[str, Any]], reasoning: str | None) -> str:
+    """A reply in the thinking format: the thought in a think block (empty where it is ""), then one list of calls.
 
-    calls: {"name": str, "arguments": dict}; other keys are left out. The reward's parser reads the same calls back.
+    With None for the thought there is no think block. calls: {"name": str, "arguments": dict}; other keys are left out.
+    The reward's parser reads the same calls back.
     """
     listed = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
     listed_text = _TAG.sub(r"\\u003c\1>", json.dumps(listed, ensure_ascii=False))
-    return f"{think(reasoning)}\n<tool_call>\n{listed_text}\n</tool_call>"
+    block = f"<tool_call>\n{listed_text}\n</tool_call>"
+    return block if reasoning is None else f"{think(reasoning)}\n{block}"
 
 
 def think(reasoning: str) -> str:
@@ -111,11 +113,14 @@ def think(reasoning: str) -> str:
     return f"<think>\n{thought}\n</think>"
 
 
-def target(example: Example) -> str:
+def target(example: Example, replies: Literal["reasoning", "calls"] = "reasoning") -> str:
     """The text that supervised training imitates, without the end-of-turn token.
 
-    `extra["response"]` as it is where the row has one, else the right calls after `extra["reasoning"]`.
+    reasoning: `extra["response"]` as it is where the row has one, else the right calls after `extra["reasoning"]`.
+    calls: the right calls alone, without a think block, whatever else the row has.
     """
+    if replies == "calls":
+        return reply(example.answer, None)
     if "response" in example.extra:
         return example.extra["response"]
     return reply(example.answer, example.extra.get("reasoning", ""))

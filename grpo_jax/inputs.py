@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -74,6 +75,10 @@ def require(settings: Any) -> None:
         raise ValueError("--model.path is missing: give the folder or the hub id of a Qwen2.5 or Llama 3 model")
     if not settings.data.path:
         raise ValueError("--data.path is missing: give a JSONL file, a folder, a hub id, or `demo`")
+    if not 0 <= settings.data.begin < settings.data.end <= 1:
+        raise ValueError(
+            f"--data.begin {settings.data.begin} --data.end {settings.data.end}: give 0 <= begin < end <= 1, shares of the rows"
+        )
     check_options(settings)
 
 
@@ -87,8 +92,25 @@ def check_options(settings: Any) -> None:
         )
 
 
+def model_folder(path: str) -> str:
+    """The model that a path names: that of a finished run for the run's folder, else the path itself.
+
+    Raises ValueError for the folder of a run that has written no model yet.
+    """
+    folder = Path(path)
+    if (folder / "hf").is_dir():
+        return str(folder / "hf")
+    if (folder / "checkpoints").is_dir():
+        raise ValueError(f"{path}: this run has not finished, so it has no model yet; start its own command again first")
+    return path
+
+
 def load_policy(path: str) -> Policy:
-    """Reads config and tokenizer; raises ValueError or FileNotFoundError, in one line, for what does not fit."""
+    """Reads config and tokenizer; raises ValueError or FileNotFoundError, in one line, for what does not fit.
+
+    `path` as in `model_folder`; the policy's is that of the model.
+    """
+    path = model_folder(path)
     model, tokenizer = hf.load_config(path), hf.load_tokenizer(path)
     ends = hf.end_tokens(path, model, tokenizer)
     if not ends:
@@ -124,9 +146,12 @@ def load_tasks(
     """Reads, splits and encodes the rows; `limit` bounds those for validation.
 
     Prompts of more than `max_tokens` tokens (with their target, if it is wanted) are dropped, and counted as `too_long`;
-    never cut. Raises ValueError where no row is left to train on, or to validate on where a file names such rows.
+    never cut. Of the training rows, in their seeded order, those from `settings.begin` to `settings.end` are taken: cut before
+    any is dropped for its length, so that runs with other limits share no row either. Raises ValueError where no row is left
+    to train on, or to validate on where a file names such rows.
     """
     train, validation, dropped = _examples(settings, seed, limit)
+    train = train[round(settings.begin * len(train)) : round(settings.end * len(train))]
     template = prompt.load_template(settings.template)
     drops = Counter(dropped)
 
@@ -137,7 +162,7 @@ def load_tasks(
             if len(tasks) == most:
                 break
             ids = np.array(prompt.encode(example, policy.tokenizer, template), np.int32)
-            task = Task(example, ids, target_ids(example, policy) if with_target else None)
+            task = Task(example, ids, target_ids(example, policy, settings.replies) if with_target else None)
             if len(ids) + (0 if task.target is None else len(task.target)) > max_tokens:
                 drops["too_long"] += 1
             else:
@@ -158,9 +183,9 @@ def load_tasks(
     return tasks
 
 
-def target_ids(example: Example, policy: Policy) -> np.ndarray:
-    """int32 [R]: the text that SFT imitates, and the end-of-turn token."""
-    text = policy.tokenizer(prompt.target(example), add_special_tokens=False)["input_ids"]
+def target_ids(example: Example, policy: Policy, replies: str = "reasoning") -> np.ndarray:
+    """int32 [R]: the text that SFT imitates, as `data.prompt.target` has it, and the end-of-turn token."""
+    text = policy.tokenizer(prompt.target(example, replies), add_special_tokens=False)["input_ids"]
     end = policy.tokenizer.eos_token_id
     return np.array([*text, policy.end_tokens[0] if end is None else end], np.int32)
 

@@ -1,7 +1,8 @@
 """Supervised fine-tuning, by the way of the data that GRPO takes: a group of one response, cross-entropy on its tokens.
 
 `python -m grpo_jax.sft --help`. A row is imitated by its "response", or by its right calls after its "reasoning"
-(data.prompt.target). The result is a Hugging Face folder to start GRPO from: `grpo_jax.train --model.path RUN/hf`.
+(data.prompt.target), or, with `--data.replies calls`, by the right calls alone. The run's folder is a model to start GRPO
+from: `grpo_jax.train --model.path RUN`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def sft(cfg: SftConfig) -> None:
         "cross_entropy", dtype=inputs.compute_dtype(cfg.learner), remat=remat, mesh=ready.mesh,
         lora=inputs.adapters(cfg.lora),
     )  # fmt: skip
-    without = [task for task in tasks.train if not {"reasoning", "response"} & task.example.extra.keys()]
+    calls_only = cfg.data.replies == "calls"
+    without = [task for task in tasks.train if calls_only or not {"reasoning", "response"} & task.example.extra.keys()]
     console.header(
         f"SFT: {cfg.model.path}",
         [

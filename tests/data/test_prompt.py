@@ -186,7 +186,7 @@ def test_results_have_the_role_that_the_template_has_for_them():
     )
     for without in (CHATML, LLAMA_3, STRICT, WITH_IDS, silent, others_are_users, loud, only_after_replies):
         text, as_text = rendered(without)
-        assert text == as_text and text.count("<tool_response>") == 4, without  # one is in the instructions
+        assert text == as_text and text.count("<tool_response>") == 3, without
 
     known = CHATML.replace("{{ m.role }}", "{{ {'tool': 'RESULT'}.get(m.role, m.role) }}")
     refusing = (
@@ -307,6 +307,13 @@ def test_target_is_the_response_else_the_answer_after_the_reasoning():
     assert target() == prompt.reply(LAST_CALLS, "")
     assert target(reasoning="Oslo.") == prompt.reply(LAST_CALLS, "Oslo.")
     assert target(reasoning="Oslo.", response=" as it is ") == " as it is "
+
+
+def test_the_calls_alone_are_right_but_for_the_think_block():
+    text = prompt.target(make(TURNS, TOOLS, LAST_CALLS, "test", {"reasoning": "Oslo.", "response": "other"}), "calls")
+    assert text == prompt.reply(LAST_CALLS, "").removeprefix("<think>\n\n</think>\n") and "think" not in text
+    assert judge(text, LAST_CALLS, "binary").reason == "no_format"
+    assert judge(text, LAST_CALLS, "binary_no_reasoning").value == 1.0
 
 
 def test_a_template_that_refuses_the_conversation_is_one_clear_error():

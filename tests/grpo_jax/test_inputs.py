@@ -64,6 +64,40 @@ def test_the_fraction_is_held_out_and_the_rest_trained_on(policy, tmp_path):
         load(policy, Data(path=write(tmp_path / "long.jsonl", rows(3, words=200))))
 
 
+def test_two_runs_of_a_share_each_have_no_row_in_common_and_all_of_them_together(policy, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [*rows(17), *rows(4, words=200)])  # a limit on length must not move the cut
+
+    def ids(begin, end, path=path):
+        data = Data(path=path, template=str(demo.TEMPLATE), validation_fraction=0.2, begin=begin, end=end)
+        tasks = inputs.load_tasks(data, policy, 400, 3, 5)
+        return [task.example.id for task in tasks.train], [task.example.id for task in tasks.validation]
+
+    (first, held_out), (second, same) = ids(0, 0.5), ids(0.5, 1)
+    assert first + second == ids(0, 1)[0] and not set(first) & set(second) and held_out == same
+    assert abs(len(first) - len(second)) <= 5 and min(len(first), len(second)) >= 4
+    assert [len(ids(begin, end, "demo")[0]) for begin, end in ((0, 1 / 64), (1 / 64, 1 / 16))] == [64, 192]
+    with pytest.raises(ValueError, match="no row to train on is left"):
+        ids(0, 0.01)
+
+
+@pytest.mark.parametrize("begin, end", [(-0.1, 1.0), (0.5, 0.5), (0.6, 0.4), (0.0, 1.1), (float("nan"), 1.0)])
+def test_a_share_that_is_none_is_refused(begin, end):
+    data = Data(path="rows", begin=begin, end=end)
+    for kind in (TrainConfig, SftConfig):
+        with pytest.raises(ValueError, match="give 0 <= begin < end <= 1"):
+            inputs.require(kind(model=config.Model("model"), data=data))
+
+
+def test_the_folder_of_a_run_stands_for_its_model(tiny_model, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="run: this run has not finished, so it has no model yet; start its own"):
+        inputs.load_policy(str(run))
+    (run / "hf").symlink_to(tiny_model)
+    assert inputs.load_policy(str(run)).path == str(run / "hf")
+    assert inputs.load_policy(tiny_model).path == tiny_model
+
+
 def test_few_long_rows_are_left_out_quietly_and_many_are_warned_of(policy, tmp_path, capsys):
     for long in (5, 6):
         load(policy, Data(path=write(tmp_path / "rows.jsonl", [*rows(5), *rows(long, words=200)]), validation_fraction=0))
@@ -81,6 +115,14 @@ def test_targets_are_the_text_and_the_end_token_and_part_of_the_fingerprint(poli
     assert text == prompt.target(first.example) and "Oslo it is." in text
     assert first.target[-1] == policy.tokenizer.eos_token_id
     assert tasks("Oslo it is.").fingerprint() == tasks("Oslo it is.").fingerprint() != tasks("Why not.").fingerprint()
+
+
+def test_targets_may_be_the_calls_alone(policy, tmp_path):
+    for extra in ({"reasoning": "Oslo it is."}, {"response": "a whole reply"}, {}):
+        data = Data(path=write(tmp_path / "rows.jsonl", rows(3, **extra)), validation_fraction=0, replies="calls")
+        task = load(policy, data, with_target=True).train[0]
+        text = policy.tokenizer.decode(task.target[:-1])
+        assert text == '<tool_call>\n[{"name": "weather", "arguments": {"city": "Oslo"}}]\n</tool_call>'
 
 
 def test_a_tokenizer_without_an_end_token_takes_the_models(tiny_model):

@@ -11,7 +11,7 @@ import pytest
 from data import demo
 from grpo_jax import config, inputs, metrics, sft
 from grpo_jax.config import SftConfig
-from models import decoder, hf
+from models import decoder, hf, lora
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,21 @@ def test_adapters_learn_too(tiny_model, rows, tmp_path):
     assert untimed(tmp_path / "on")[0]["val/loss"] == pytest.approx(found[-1]["val/loss"], rel=1e-5)  # the export is the model
 
 
+def test_the_calls_alone_are_other_targets_of_the_same_rows(tiny_model, rows, tmp_path, capsys):
+    cfg = settings(tiny_model, rows, tmp_path / "run", 2)
+    calls = replace(cfg, data=replace(cfg.data, replies="calls", end=0.5))
+    sft.sft(calls)
+    assert "11 of 11 are calls without a thought" in capsys.readouterr().out
+    policy = inputs.load_policy(str(tmp_path / "run"))  # the run's folder stands for its model
+    assert policy.path == str(tmp_path / "run" / "hf")
+    for other in (
+        replace(calls, data=replace(calls.data, end=1.0)),
+        replace(calls, data=replace(calls.data, replies="reasoning")),
+    ):
+        with pytest.raises(ValueError, match="holds a run with other values of data"):
+            sft.sft(other)
+
+
 def test_other_replies_to_the_same_tasks_are_other_data(tiny_model, rows, unbroken, tmp_path):
     other = tmp_path / "rows.jsonl"
     other.write_text(rows.read_text())
@@ -98,6 +113,16 @@ def test_other_replies_to_the_same_tasks_are_other_data(tiny_model, rows, unbrok
     other.write_text(rows.read_text().replace('"reasoning": "', '"reasoning": "So: '))
     with pytest.raises(ValueError, match="the run began with another data"):
         sft.sft(replace(cfg, run=replace(cfg.run, steps=4)))
+
+
+@pytest.mark.parametrize("preset, replies", [("tool-n1-reason", "reasoning"), ("tool-n1-no-reason", "calls")])
+def test_the_papers_supervised_recipe(preset, replies):
+    cfg = config.parse(SftConfig, "grpo_jax.sft", [preset, "--data.path", "rows"])
+    assert cfg.data.replies == replies and cfg.run.epochs == 5 and inputs.adapters(cfg.lora).rank == 8
+    assert inputs.adapters(cfg.lora).targets == tuple(lora.TARGETS)  # all linear layers
+    assert (cfg.batch.rows_per_step, cfg.batch.max_tokens) == (32, 2048)
+    assert (cfg.optimizer.learning_rate, cfg.optimizer.schedule, cfg.optimizer.warmup) == (1e-4, "cosine", 0.1)
+    sft.check(cfg)
 
 
 def test_a_row_longer_than_a_microbatch_is_refused_before_anything_is_read(tmp_path):

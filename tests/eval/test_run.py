@@ -1,0 +1,138 @@
+"""Evaluation: greedy texts are the model's, verdicts are counted right, and what does not fit is said."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data import demo, prompt
+from eval import run
+from eval.run import Args, Data
+from grpo_jax import inputs, reward
+from grpo_jax.reward import Response, Scored
+from models import decoder, hf
+
+TEMPLATE = prompt.load_template(demo.TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return run.open_model(tiny_model)
+
+
+def test_responses_are_those_of_the_plain_model_token_by_token(tiny_model, model):
+    examples = demo.tasks(3, 0, held_out=True)
+    found = run.respond(model, examples, TEMPLATE, max_response_tokens=6)
+    params = hf.load(tiny_model)[1]
+    logits = jax.jit(decoder.logits, static_argnums=0)
+    for example, row in zip(examples, found, strict=True):
+        ids, drawn = prompt.encode(example, model.policy.tokenizer, TEMPLATE), []
+        while len(drawn) < 6 and (not drawn or drawn[-1] not in model.policy.end_tokens):
+            whole = np.pad(ids + drawn, (0, 256 - len(ids + drawn)))[None]  # of one length: compiled once
+            at = len(ids + drawn)
+            drawn.append(int(logits(model.policy.model, params, jnp.asarray(whole), jnp.array([at]))[0, at - 1].argmax()))
+        ended = drawn[-1] in model.policy.end_tokens
+        assert [(r.token_count, r.truncated) for r in row] == [(len(drawn), not ended)]
+        assert row[0].text == model.policy.tokenizer.decode(drawn[: len(drawn) - ended])
+
+
+def test_a_prompt_without_room_for_a_response_has_none_and_counts_as_wrong(model):
+    examples = demo.tasks(12, 0, held_out=True)
+    lengths = [len(prompt.encode(example, model.policy.tokenizer, TEMPLATE)) for example in examples]
+    room = int(np.median(lengths))
+    short = replace(model, policy=replace(model.policy, model=replace(model.policy.model, max_positions=room + 2)))
+    found = run.respond(short, examples, TEMPLATE, max_response_tokens=2)
+    assert [not row for row in found] == [length > room for length in lengths]
+    answers = run.judged(examples, found, reward.resolve("binary"))
+    assert [answer.reason == run.TOO_LONG for answer in answers] == [length > room for length in lengths]
+    scores = run.summarize(answers)
+    assert scores["reasons"][run.TOO_LONG] == sum(length > room for length in lengths) / 12
+    assert scores["response_tokens"] <= 2
+    with pytest.raises(ValueError, match=f"--max_response_tokens 4,096 leaves no room for a prompt: .* {room + 2} tokens"):
+        run.respond(short, examples, TEMPLATE)
+
+
+def test_accuracy_wants_a_thought_and_right_calls_do_not():
+    example = demo.tasks(1, 0, held_out=True)[0]
+    right, wrong = demo.clean_reply(example), prompt.reply([{"name": "f", "arguments": {}}], "Hm.")
+    calls = prompt.reply(example.answer, None)
+    responses = [[Response(right, 40, False)], [Response(calls, 30, False)], [Response(wrong, 20, True)], []]
+    answers = run.judged([example] * 4, responses, reward.resolve("binary"))
+    assert [(a.verdict, a.calls) for a in answers] == [(1.0, True), (0.0, True), (0.0, False), (0.0, False)]
+    scores = run.summarize(answers)
+    assert (scores["accuracy"], scores["calls"], scores["truncated"]) == (0.25, 0.5, 0.25)
+    assert scores["response_tokens"] == 30 and sum(scores["reasons"].values()) == 1
+    assert scores["reasons"]["correct"] == scores["reasons"]["no_format"] == 0.25
+
+
+def test_a_benchmark_brings_its_own_verdict():
+    example = demo.tasks(1, 0, held_out=True)[0]
+    verdict = lambda responses, example: [Scored(float("yes" in r.text), "heard", {}) for r in responses]  # noqa: E731
+    answers = run.judged([example], [[Response("yes", 1, False), Response("no", 1, False)]], verdict)
+    assert run.summarize(answers)["accuracy"] == 0.5 and {answer.reason for answer in answers} == {"heard"}
+
+
+def test_the_files_of_an_evaluation(tiny_model, tmp_path, capsys):
+    args = Args(tiny_model, Data("demo"), tmp_path / "out", limit=4, max_response_tokens=4)
+    scores = run.run(args)
+    assert scores == json.loads((tmp_path / "out" / "scores.json").read_text()) and scores["rows"] == 4
+    rows = [json.loads(line) for line in (tmp_path / "out" / "responses.jsonl").read_text().splitlines()]
+    tasks = demo.tasks(4, seed=1, held_out=True)  # not those that a run validates on
+    assert [row["id"] for row in rows] == [task.id for task in tasks]
+    assert set(rows[0]) == {"id", "text", "token_count", "truncated", "verdict", "reason", "calls"}
+    shown = capsys.readouterr().out
+    assert "accuracy" in shown and "tokens" in shown and "4 rows of demo" in shown
+    again = run.run(replace(args, out=tmp_path / "again", samples=3, temperature=1.0))
+    sampled = again.pop("sampled")
+    assert again == scores and (sampled["samples"], sampled["temperature"]) == (3, 1.0)
+    drawn = [json.loads(line) for line in (tmp_path / "again" / "samples.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in drawn] == [task.id for task in tasks for _ in range(3)]
+    assert len({row["text"] for row in drawn}) > len({row["text"] for row in rows})
+    assert not (tmp_path / "out" / "samples.jsonl").exists()
+    assert run.run(replace(args, limit=3, out=tmp_path / "few"))["data_fingerprint"] != scores["data_fingerprint"]
+
+
+def test_rows_of_a_file_are_taken_in_an_order_of_their_own(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    tasks = demo.tasks(20, 3, held_out=True)
+    lines = [json.dumps({"messages": t.messages, "tools": t.tools, "answers": t.answer}) + "\n" for t in tasks]
+    path.write_text("".join(lines))
+    some = [example.id for example in run.examples_of(str(path), 5)]
+    path.write_text("".join(reversed(lines)))
+    assert [example.id for example in run.examples_of(str(path), 5)] == some != [task.id for task in tasks[:5]]
+    assert len(run.examples_of(str(path), None)) == 20 and len(run.examples_of("demo", None)) == run.DEMO_ROWS
+
+
+def test_the_template_is_that_of_the_run_unless_one_is_given(tmp_path):
+    own = tmp_path / "own.txt"
+    own.write_text("mine {tools}")
+    folder = tmp_path / "run"
+    (folder / "hf").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"data": {"template": str(own)}}))
+
+    def text(model, path, template=None):
+        return run.template_of(Args(str(model), Data(path, template), tmp_path))
+
+    assert text(folder, "rows.jsonl") == text(folder, "demo") == "mine {tools}"
+    assert text(folder, "rows.jsonl", str(demo.TEMPLATE)) == TEMPLATE == text("a/model", "demo")
+    assert text("a/model", "rows.jsonl") == prompt.load_template()
+
+
+def test_what_cannot_be_evaluated_is_one_clear_line(tiny_model, tmp_path):
+    args = Args(tiny_model, Data("demo"), tmp_path / "out")
+    for name in ("limit", "max_response_tokens", "rows", "tensor"):
+        with pytest.raises(ValueError, match=f"--{name} 0: give a number from 1 on"):
+            run.run(replace(args, **{name: 0}))
+    for bad in ({"samples": -1}, {"temperature": 0.0}):
+        with pytest.raises(ValueError, match="give a number from 0 on, and one above 0"):
+            run.run(replace(args, **bad))
+    with pytest.raises(ValueError, match="leaves no room for a prompt"):
+        run.run(replace(args, limit=1))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="this run has not finished"):
+        run.run(replace(args, model=str(tmp_path / "run")))
+    assert not (tmp_path / "out").exists()
+    assert inputs.model_folder("org/name") == "org/name"
