@@ -195,7 +195,7 @@ def test_results_have_the_role_that_the_template_has_for_them():
     for chat_template, opening in ((known, "<|im_start|>RESULT\n"), (refusing + CHATML, "<|im_start|>tool\n")):
         text, as_text = rendered(chat_template)
         assert [text.count(opening + result + "<|im_end|>\n") for result in RESULTS] == [1, 1, 1]
-        assert text.count("<tool_response>") == 1 and text != as_text
+        assert text.count("<tool_response>") == 0 and text != as_text
 
     text, _ = rendered(LLAMA_31)
     results = re.findall(r"<\|start\|>ipython<\|end\|>\n\n(.*?)<\|eot\|>", text)
