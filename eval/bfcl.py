@@ -1,12 +1,13 @@
-"""BFCL: the ten single-turn categories whose calls the Berkeley leaderboard checks, with the data and the checker of its own package.
+"""BFCL: the ten single-turn categories whose calls the Berkeley leaderboard checks, with its own data and its own checker.
 
     items     the package's entries -> Items: prompts with the leaderboard's hints for Java and JavaScript
     verdict   a reply -> calls_of -> the package's ast_checker -> Scored
     aggregates, columns, PAPER, like_for_like     the leaderboard's means, and Table 2 of Tool-N1 (arXiv 2505.00024)
 
-The package is installed without what it depends on (6 GB, and a NumPy and a JAX that are too old for us): `INSTALL`. Two things
-are kept from it when it is imported. Its table of models, which imports sixty clients of as many services, is replaced by one of
-one model; and the folders that it makes for results, by default beside its own code, are in a temporary folder.
+The package, bfcl-eval, is installed without what it depends on (6 GB, and an old NumPy, with which only an old JAX goes):
+`INSTALL`. Two things are kept from it when it is imported. Its table of models, which imports sixty clients of as many
+services, is replaced by a table of one; and the folders that it makes for results, by default beside its own code, go to a
+temporary one.
 
 A reply is read as the handler that Tool-N1 released reads it: the *first* `<tool_call>` block holds one JSON list of calls (one
 object without a list around it, or a string that holds JSON, is none, although the reward takes both), in Python's JSON, and
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import threading
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,8 +124,9 @@ def items(
 ) -> list[Item]:
     """The tasks of some categories, of each the first `limit`.
 
-    system_messages: whether the system messages of 49 live entries are part of the task, which our prompt puts at the end of its
-    own; the handler that Tool-N1 released overwrites them. block: which `<tool_call>` block of a reply counts, "first" or "last".
+    system_messages: whether the system messages of 49 live entries are part of the task. Our prompt puts them at the end of its
+    own; the handler that Tool-N1 released overwrites them. block: which `<tool_call>` block of a reply counts, "first" or
+    "last".
     The answers are one right reply of several (for seven entries, that no reply can pass, near to one).
     Raises ValueError for an unknown category or block, and where the package is missing.
     """
@@ -162,13 +165,14 @@ def verdict(text: str, item: Item) -> Scored:
     language = package().languages[_LANGUAGES.get(item.category, "PYTHON")]
     functions, ground_truth = item.given["functions"], item.given["ground_truth"]
     checked = check(functions, calls, ground_truth, language, item.category, MODEL)
-    return Scored(float(checked["valid"]), "correct" if checked["valid"] else reason_of(checked), {})
+    return Scored(float(checked["valid"]), "correct" if checked["valid"] else reason_of(checked, calls, ground_truth), {})
 
 
 def calls_of(text: str, block: str = "first") -> list[dict[str, Any]] | None:
     """The calls of a reply in the official checker's form, {name: arguments}; None where there are none to read.
 
-    Those nested deeper than MAX_DEPTH are none: the official program knows no limit but Python's stack, which depends on the caller.
+    Those nested deeper than MAX_DEPTH are none: the official program knows no limit but Python's stack, which depends on the
+    caller.
     """
     found = _block(text, block)
     try:
@@ -194,27 +198,28 @@ def check(*args: Any) -> dict[str, Any]:
         return {"valid": False, "error": [f"{type(error).__name__}: {error}"], "error_type": "checker_failed"}
 
 
-def reason_of(checked: Mapping[str, Any]) -> str:
+def reason_of(checked: Mapping[str, Any], calls: Sequence[dict[str, Any]], ground_truth: Sequence[dict[str, Any]]) -> str:
     """One of REASONS for what the official checker says of wrong calls.
 
     Where calls may stand in any order it compares each with each, and an argument's value that is wrong may only mean
     that a call is another one: so a missing argument, then one too many, are the reason before a wrong value.
     """
-    if checked["error_type"].endswith(":cannot_find_match"):
-        compared = [about for found in checked["error"] if isinstance(found, dict) for about in found.values()]
-        kinds = {_reason(about["sub_error_type"]) for about in compared}
-        order = ("missing_argument", "extra_argument", "wrong_argument")
-        return next((kind for kind in order if kind in kinds), "wrong_function")
-    return _reason(checked["error_type"])
+    if not checked["error_type"].endswith(":cannot_find_match"):
+        return _reason(checked["error_type"])
+    if Counter(name for call in calls for name in call) != Counter(name for right in ground_truth for name in right):
+        return "wrong_function"
+    compared = [about for found in checked["error"] if isinstance(found, dict) for about in found.values()]
+    kinds = {_reason(about["sub_error_type"]) for about in compared}
+    return next((kind for kind in ("missing_argument", "extra_argument") if kind in kinds), "wrong_argument")
 
 
 def aggregates(counts: Mapping[str, tuple[int, int]]) -> dict[str, float]:
     """The leaderboard's means as shares, from {category: (right, all)}; those alone whose categories are all there.
 
-    simple: the mean of Python, Java and JavaScript, each counting the same. non_live: the mean of simple, multiple, parallel and
-    parallel_multiple. live: the share of all live cases (of part of a category, that part stands for the whole). overall: the
-    mean of the two, which is the paper's; the leaderboard's own also has multi-turn and agentic parts. In April 2025 "Live" held
-    irrelevance and relevance too, replies to 900 more tasks, and cannot be had from these.
+    simple: the mean of Python, Java and JavaScript, each counting the same. non_live: the mean of simple, multiple, parallel
+    and parallel_multiple. live: the share of all live cases (of part of a category, that part stands for the whole). Both are
+    the leaderboard's today. overall: the mean of the two, which is the paper's; the leaderboard's own also has multi-turn and
+    agentic parts. In April 2025 its "Live" held irrelevance and relevance, 900 other tasks: not to be had from these.
     """
     share = {category: right / total for category, (right, total) in counts.items() if total}
     means: dict[str, float] = {}
@@ -269,7 +274,7 @@ def _mean(means: dict[str, float], of: Mapping[str, float], name: str, parts: Se
 
 
 def _block(text: str, which: str) -> str | None:
-    """What `<tool_call>(.*?)</tool_call>` finds first or last, in linear time: an opening tag after which no block closes ends it."""
+    """What `<tool_call>(.*?)</tool_call>` finds first or last, in linear time: no closing tag ahead ends the search."""
     found, position = None, 0
     while (start := text.find(_OPEN, position)) >= 0:
         start += len(_OPEN)

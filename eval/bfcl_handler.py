@@ -25,10 +25,7 @@ import tyro
 from eval import bfcl
 from grpo_jax import config
 
-INSTALL = (
-    "pip install pandas tqdm tenacity overrides python-dotenv tree_sitter==0.21.3 tree-sitter-java==0.21.0 "
-    "tree-sitter-javascript==0.21.4"
-)
+INSTALL = "pip install -e '.[eval]'"
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Args:
     """Scores replies to BFCL by the official runner, and says whether eval.bfcl agrees on each."""
 
     responses: Path
-    """A JSONL file whose lines have "id", the benchmark's own, and "text", the reply; ids of other benchmarks are passed over."""
+    """A JSONL file whose lines have "id", the benchmark's own, and "text", the reply. Other benchmarks' ids are passed over."""
     out: Path
     """A new folder, for result/ and score/ of the official program."""
     block: Literal["first", "last"] = "first"
@@ -58,9 +55,11 @@ class Handler:
 
 
 def read(path: Path) -> dict[str, str]:
-    """The replies of a file, by id. Raises FileNotFoundError, and ValueError for a line without id or text or an id that is twice."""
+    """The replies of a file, by id. Raises FileNotFoundError, and ValueError for a line that is none or an id that is twice."""
     replies: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             name, text = row["id"], row["text"]
@@ -115,7 +114,7 @@ def evaluate(replies: Mapping[str, str], out: Path, block: str = "first") -> dic
     runner.main([bfcl.MODEL], list(sizes), result, score, partial_eval=partial)
     wrong = set()
     for path in score.rglob("BFCL_v4_*_score.json"):
-        _, *rows = path.read_text(encoding="utf-8").splitlines()  # the first line is the category's accuracy
+        _, *rows = path.read_text(encoding="utf-8").strip("\n").split("\n")  # the first line is the category's accuracy
         wrong |= {json.loads(row)["id"] for row in rows}
     return {name: name not in wrong for name in categories}
 
