@@ -314,12 +314,13 @@ def _limit() -> Iterator[None]:
         raise TimeoutError(f"no verdict in {CHECK_SECONDS:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, CHECK_SECONDS)
+    outer = signal.setitimer(signal.ITIMER_REAL, CHECK_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *outer)  # somebody else's alarm, if one was set
 
 
 def _reason(error_type: str) -> str:

@@ -403,6 +403,9 @@ def test_a_checker_that_does_not_end_is_stopped(items, monkeypatch):
     assert bfcl.verdict(block(endless), item).reason == "checker_failed"
     assert time.monotonic() - start < 5
     assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    signal.setitimer(signal.ITIMER_REAL, 3600)  # somebody else's alarm stays
+    assert bfcl.verdict(block([]), item).reason == "wrong_count"
+    assert 3500 < signal.setitimer(signal.ITIMER_REAL, 0)[0] <= 3600
     # Elsewhere than in the main thread there is no limit, and verdicts all the same.
     found = []
     right = prompt.reply(item.example.answer, "So.")
