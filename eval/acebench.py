@@ -145,7 +145,7 @@ def _item(task: Mapping[str, Any], ground_truth: Any, category: str, layout: str
         {
             "name": tool["name"],
             "description": tool["description"],
-            "parameters": tool["parameters"] if "parameters" in tool else tool["arguments"],
+            "parameters": tool.get("parameters", tool.get("arguments", {})),
         }
         for tool in task["function"]
     ]
