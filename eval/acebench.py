@@ -86,7 +86,7 @@ def items(path: str | Path, categories: Sequence[str] = CATEGORIES, *, layout: s
         for task, answer in zip(tasks, answers, strict=True):
             try:
                 found.append(_item(task, answer["ground_truth"], category, layout))
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
+            except (LookupError, TypeError, AttributeError, ValueError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 raise ValueError(f"{folder / name}: {task.get('id')} is no task of ACEBench ({problem}): {SOURCE}") from error
     return found
@@ -97,14 +97,14 @@ def verdict(text: str, item: Item) -> Scored:
 
     parts: official (also the value), official_nostrip and strict, by the rules of the module's docstring; where an answer
     has alternatives, any of them.
-    reason: "correct" where the value is 1, else the first that holds of no_call (no block, or an empty list), bad_json,
-    wrong_count, wrong_function, missing_argument (one that the schema requires), extra_argument (one that the answer
-    lacks), wrong_argument. Compared with the first of the alternatives.
+    reason: "correct" where the value is 1, else the first that holds of no_call (no block), bad_json, wrong_count (an empty
+    list, too), wrong_function, missing_argument (one that the schema requires), extra_argument (one that the answer lacks),
+    wrong_argument. Compared with the first of the alternatives.
     """
     tools, answers = item.given["tools"], item.given["answers"]
     calls = parse_calls(text)
-    if not calls:
-        reason = "bad_json" if calls is None and judge(text, ()).parts["tool_call"] else "no_call"
+    if calls is None:
+        reason = "bad_json" if judge(text, ()).parts["tool_call"] else "no_call"
         return Scored(0.0, reason, {"official": 0.0, "official_nostrip": 0.0, "strict": 0.0})
     parts = {
         "official": float(_official(_decoded(calls, strip=True), answers, tools)),
@@ -150,11 +150,13 @@ def _item(task: Mapping[str, Any], ground_truth: Any, category: str, layout: str
         for tool in task["function"]
     ]
     answers = ground_truth if isinstance(ground_truth, list) else [ground_truth]
-    right = _answer_calls(answers[0], task["function"])
-    if not right or not all(isinstance(call["arguments"], dict) for call in right):
+    rights = [_answer_calls(answer, task["function"]) for answer in answers]
+    if not all(right and all(isinstance(call["arguments"], dict) for call in right) for right in rights):
         raise ValueError("its answer is not calls with arguments")
     time = [{"role": "system", "content": task["time"]}] if task["time"] else []
-    example = make([*time, *_dialogue(task["question"], layout)], tools, right, "acebench", {"row_id": task["id"]})
+    example = make(
+        [*time, *_dialogue(task["question"], layout)], tools, rights[0], f"acebench:{category}", {"row_id": task["id"]}
+    )
     return Item(task["id"], category, example, {"tools": task["function"], "answers": answers})
 
 

@@ -69,7 +69,7 @@ def items(path: str | Path, categories: Sequence[str] = CATEGORIES, *, layout: s
     for number, row in enumerate(_rows(_file(Path(path))), start=1):
         try:
             found.append(_item(_from_authors(row) if "expected_output" in row else row, layout))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             problem = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path}: row {number} is none of API-Bank's level 1 ({problem}): {SOURCE}") from error
     return [item for item in found if item.category in categories]
@@ -82,12 +82,12 @@ def verdict(text: str, item: Item) -> Scored:
     a number, true, false and null equal their Python text, space around a text is nothing, and a text that holds a list or
     an object, written as JSON or as Python, equals that. toolrl: any of the calls has the answer's name and its arguments
     as they stand, which are texts.
-    reason: no_call (no block, or an empty list), bad_json, wrong_count, wrong_function, missing_argument, extra_argument,
+    reason: no_call (no block), bad_json, wrong_count (an empty list, too), wrong_function, missing_argument, extra_argument,
     wrong_argument, correct; the first that holds.
     """
     answer, calls = item.given["answer"], parse_calls(text)
-    if not calls:
-        reason = "bad_json" if calls is None and judge(text, ()).parts["tool_call"] else "no_call"
+    if calls is None:
+        reason = "bad_json" if judge(text, ()).parts["tool_call"] else "no_call"
         return Scored(0.0, reason, {"accuracy": 0.0, "toolrl": 0.0})
     reason = "wrong_count" if len(calls) != 1 else _compared(calls[0], answer)
     accuracy = float(reason == "correct")

@@ -167,7 +167,7 @@ def test_replies_that_are_no_single_call(made_up):
     twice = reply(right, ("BookHotel", {}))
     for text, reason, toolrl in [
         (twice, "wrong_count", 1.0),  # ToolRL takes any
-        (reply(), "no_call", 0.0),
+        (reply(), "wrong_count", 0.0),
         ("", "no_call", 0.0),
         ("<tool_call>[{]</tool_call>", "bad_json", 0.0),
         (reply(("addmeeting", MEETING)), "wrong_function", 0.0),
