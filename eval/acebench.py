@@ -10,8 +10,8 @@ applies what rendering, parsing and checking do to names and values, without the
 because published numbers contain them:
 
 - all whitespace is removed before parsing, that inside of texts too. Lists inside objects are then compared as they
-  stand, so right answers with a space in one fail: 93.0 is the most that can be reached. `official_nostrip` leaves that
-  step out (99.9; an empty list in one answer).
+  stand, so right answers with a space in one fail: the answers themselves score 93.0. `official_nostrip` leaves that step
+  out (99.9; an empty list in one answer).
 - numbers and truth values of a call are never compared, only their types, and a text passes if it contains the answer's.
 - an argument that the schema does not require may be left out, inside objects none may.
 - what makes the authors' checker raise, and so end its run, counts as wrong here.
