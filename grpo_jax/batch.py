@@ -48,15 +48,17 @@ def draw(
     """
     settings, began = run.config.rollout, place(run)
     n, batches = settings.prompts_per_step, []
+    verdict: list[list[float]] = []  # of each group, as the reward function gave it: length is no difference to learn from
     while True:
         earlier = [task for batch in batches for task in batch.tasks]
         prompts = inputs.batch(tasks, n, run.config.run.seed, began + len(earlier))
         batch = exchange(run, prompts, sampling, score_group, show, "rollout", clock, step, earlier)
+        verdict += [[s.value for s in row] for row in batch.scored]
         batches.append(with_advantages(run.config, batch))
         sampled = joined(batches)
         if not settings.refills:
             return sampled, sampled
-        different = [i for i, group in enumerate(sampled.groups) if np.any(group.advantages != 0)]
+        different = [i for i, verdicts in enumerate(verdict) if max(verdicts) > min(verdicts)]
         if len(different) >= n or len(batches) > settings.refills:
             return sampled, chosen(sampled, different[:n])
 
@@ -118,7 +120,7 @@ def exchange(
     mine, attempts = hosts.share(tasks), hosts.share(every[len(earlier) :])
     found: dict[str, Any] = {"stopped": True}
     arrays = {}
-    params = weights(run)
+    params, before = weights(run), clock.seconds.get(phase, 0.0)
     try:
         with clock.time(phase):
             groups, usage = respond(run, params, mine, attempts, sampling, show, phase, step)
@@ -129,7 +131,7 @@ def exchange(
             "texts": texts,
             "scores": [[(float(s.value), s.reason) for s in row] for row in scored],
             "usage": (usage.row_steps, usage.tokens),
-            "seconds": clock.seconds[phase],
+            "seconds": clock.seconds[phase] - before,
         }
         arrays = flat(groups)
     except hosts.Stopped:

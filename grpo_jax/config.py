@@ -64,7 +64,7 @@ class Data:
     """Where the share of the training rows begins that this run uses, in their seeded order, held-out rows left aside: with
     0.5, and the same data and seed, a run has none of the rows of one that ended at 0.5."""
     end: float = 1.0
-    """Where that share ends."""
+    """Where that share ends. 0.5 for a first run that is to leave half of the rows to a second one, for a quick look 0.1."""
     replies: Literal["reasoning", "calls"] = "reasoning"
     """What supervised training imitates: a thought and the right calls, or the calls alone, without a think block. GRPO gives
     no replies and does not read it."""
@@ -95,7 +95,8 @@ class Rollout:
     """Devices of a host that share one copy of the weights while sampling. Left out: as few as hold it."""
     refills: int = 0
     """Above 0: groups of equal rewards, which teach nothing, are replaced by those of the next prompts, for which up to so many
-    more batches are sampled a step (DAPO's dynamic sampling). Worth it where `groups/zero_variance` is high."""
+    more batches are sampled a step (DAPO's dynamic sampling). Worth it where `groups/zero_variance` is high. Give --run.steps
+    with it, since `epochs` counts one batch a step."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Reward:
     """Above 0: in training, responses that come within so many tokens of --rollout.max_response_tokens lose up to
     `overlong_penalty`, evenly growing (DAPO), so that length is learned before it is cut. 0: off."""
     overlong_penalty: float = 1.0
-    """What a response of full length loses."""
+    """What a response of full length loses. 1, as much as a right response earns, makes none worth being cut."""
 
 
 @dataclass(frozen=True)
@@ -121,18 +122,19 @@ class Loss:
     """token_mean: every token of a mini-batch counts alike, so long responses count more. sequence_mean: every response does.
     constant: as token_mean, but divided by the responses and --rollout.max_response_tokens, not by the tokens (Dr. GRPO)."""
     clip_low: float = 0.2
-    """The ratio to the sampling policy is clipped at 1 - clip_low ..."""
+    """The ratio to the sampling policy is clipped at 1 - clip_low, which bounds how far a bad token falls in a step ..."""
     clip_high: float = 0.2
-    """... and 1 + clip_high. Larger than clip_low keeps entropy up (DAPO)."""
+    """... and at 1 + clip_high, how far a good one rises. Larger than clip_low keeps entropy up (DAPO)."""
     importance_cap: float = 0.0
     """Above 0, with --update.recompute_old_logp: tokens are weighed by how much likelier they are to the learner than to the
     sampler, up to this (2, say). For when `rollout/logp_mismatch` is not small. 0: off."""
     kl_coefficient: float = 1e-3
     """Weight of the KL term against the initial policy. 0 needs no reference model: less memory, a faster step."""
     kl_kind: Literal["k3", "k1", "k2"] = "k3"
-    """The estimator of the KL: k3 is the low-variance one of the paper."""
+    """The estimator of the KL: k3, the paper's, varies least and is never negative; k1 is unbiased and varies most; k2 (half
+    the square) pulls evenly in both directions."""
     entropy_coefficient: float = 0.0
-    """Weight of an entropy bonus."""
+    """Weight of an entropy bonus. Take 1e-3 or so where `entropy/mean` falls to nothing while the reward still could rise."""
     skip_zero_variance: bool = False
     """Leave out groups whose rewards are all equal. They teach nothing but the KL term; leaving them out saves their time."""
 
@@ -321,12 +323,18 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+_RENAMED = {f"learner.{name}": f"update.{name}" for name in ("prompts_per_minibatch", "passes", "recompute_old_logp")}
+
+
 def differences(before: dict[str, Any], config: Any) -> tuple[list[str], list[str]]:
     """("field: old -> new" of identity fields, the same of operational ones) between a config as plain JSON and one.
 
-    A field that `before` lacks is newer than it, and had then what is its default.
+    A field that `before` lacks is newer than it, and had then what is its default; one of `_RENAMED` goes by its new name.
     """
-    old, new = flat(to_dict(type(config)())) | flat(before), flat(to_dict(config))
+    old, new = flat(to_dict(type(config)())), flat(to_dict(config))
+    for name, value in flat(before).items():
+        if name not in _RENAMED or _RENAMED[name] in new:  # supervised training had those three too, and never read them
+            old[_RENAMED.get(name, name)] = value
     identity, operational = [], []
     for name in dict.fromkeys([*old, *new]):
         if old.get(name) != new.get(name):

@@ -43,6 +43,7 @@ class Objective:
     mean: str = "token_mean"  # how tokens are weighed, see grpo_jax.loss.token_weights
     longest: int = 1  # tokens of a response, of the mean "constant"
     importance_cap: float = 0.0  # of the weight that corrects for the sampler; 0: no such weight
+    unmoved: bool = False  # the policy is still that of the old log-probs: GSPO's ratios are 1, and not what rounding makes
     kl_coefficient: float = 0.0
     kl_kind: str = "k3"
     entropy_coefficient: float = 0.0
@@ -127,8 +128,8 @@ class Given:
 def _given(objective: Objective, pack: Pack, weights: Array, x: Array) -> tuple[Given, Array]:
     """(what is known of the tokens, what they count together); weights and x as `_response_states` returns them."""
     weight, count = loss.token_weights(pack.mask, objective.mean, pack.response, objective.longest)
-    log_ratio = None
-    if objective.kind == "gspo":  # of whole responses, so before the head's chunks are gone through
+    log_ratio = jnp.zeros_like(pack.old_logp) if objective.kind == "gspo" else None
+    if objective.kind == "gspo" and not objective.unmoved:  # of whole responses, so before the head's chunks are gone through
         logp = _token_logprobs(objective, pack, weights, x)
         log_ratio = loss.sequence_log_ratio(logp, pack.old_logp, pack.mask, pack.response)
     of_tokens = replace(pack, tokens=None, positions=None, layout=None, source=None, target=None)

@@ -17,7 +17,7 @@ from grpo_jax import checkpoint, config, console, hosts, inputs, learner
 from grpo_jax.config import SftConfig
 from grpo_jax.console import Progress
 from grpo_jax.group import Group
-from grpo_jax.inputs import Task
+from grpo_jax.inputs import Task, Tasks
 from grpo_jax.learner import Objective
 from grpo_jax.run import (
     Clock,
@@ -53,13 +53,11 @@ def sft(cfg: SftConfig) -> None:
         "cross_entropy", dtype=inputs.compute_dtype(cfg.learner), remat=remat, mesh=ready.mesh,
         lora=inputs.adapters(cfg.lora),
     )  # fmt: skip
-    calls_only = cfg.data.replies == "calls"
-    without = [task for task in tasks.train if calls_only or not {"reasoning", "response"} & task.example.extra.keys()]
     console.header(
         f"SFT: {cfg.model.path}",
         [
             ("data", tasks.summary()),
-            ("replies", f"{len(without):,} of {len(tasks.train):,} are calls without a thought before them"),
+            ("replies", replies(cfg, tasks)),
             ("learned", inputs.learned(policy.model, objective.lora)),
             ("run", f"{steps:,} steps of {cfg.batch.rows_per_step:,} rows, in {cfg.run.dir}"),
             ("devices", inputs.devices(ready.mesh, cfg.learner, policy.model)),
@@ -111,6 +109,20 @@ def check(cfg: SftConfig) -> None:
             f"--learner.tokens_per_microbatch {cfg.learner.tokens_per_microbatch} is less than "
             f"--batch.max_tokens {cfg.batch.max_tokens}; raise it"
         )
+
+
+def replies(cfg: SftConfig, tasks: Tasks) -> str:
+    """What is imitated, for the header. Warns where an empty thought is, because nobody wants to teach that."""
+    count = f"{len(tasks.train):,}"
+    if cfg.data.replies == "calls":
+        return f"all {count} are calls alone, without a think block"
+    empty = sum(not {"reasoning", "response"} & task.example.extra.keys() for task in tasks.train)
+    if empty:
+        console.warn(
+            f"{empty:,} of {count} rows have no thought, and teach an empty one: get thoughts (python -m scripts.distill), "
+            "leave them out, or take --data.replies calls"
+        )
+    return f"{empty:,} of {count} are calls after an empty thought"
 
 
 def group_of(task: Task) -> Group:

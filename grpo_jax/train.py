@@ -91,8 +91,9 @@ def train(cfg: TrainConfig) -> None:
             row |= metrics.summarize(sampled.groups, sampled.scored) | learned
             row |= speeds(sampled, batch, clock) | padding(packed) | memory()
             if run.log:
-                run.log.rollouts(rollout_rows(step, batch, policy))
+                run.log.rollouts(rollout_rows(step, sampled, batch, policy))
             watch(run, row)
+            watch_refills(run, row)
             run.meta["place"] = taken
             if step == steps or (cfg.validation.every and step % cfg.validation.every == 0):
                 run.step, run.meta["pending"] = step, metrics.plain(row)
@@ -128,6 +129,12 @@ def check_options(cfg: TrainConfig) -> None:
             "--rollout.group_size 1 with --rollout.refills or --loss.skip_zero_variance: the rewards of one response never "
             "differ; take 2 or more"
         )
+    if 0 < cfg.loss.importance_cap < 1:
+        raise ValueError(
+            f"--loss.importance_cap {cfg.loss.importance_cap}: below 1 it would weigh down every token; give 2, say"
+        )
+    if cfg.loss.clip_low > 1:
+        raise ValueError(f"--loss.clip_low {cfg.loss.clip_low}: a ratio is never below 0, so give at most 1")
     if cfg.loss.importance_cap and not cfg.update.recompute_old_logp:
         raise ValueError(
             "--loss.importance_cap compares the learner's log-probs with the sampler's: give --update.recompute_old_logp, too"
@@ -167,10 +174,10 @@ def sampling_of(settings: config.Rollout, run: Run) -> Sampling:
 def objective_of(cfg: TrainConfig, device_mesh: Mesh, model: DecoderConfig, platform: str | None = None) -> Objective:
     """`platform` as in grpo_jax.inputs.attention_kernel."""
     remat = inputs.remat(cfg.learner, inputs.attention_kernel(cfg.learner, model, platform))
+    of_loss = ("clip_low", "clip_high", "mean", "importance_cap", "kl_coefficient", "kl_kind", "entropy_coefficient")
     return Objective(
-        cfg.loss.objective, cfg.rollout.temperature, cfg.loss.clip_low, cfg.loss.clip_high, cfg.loss.mean,
-        cfg.rollout.max_response_tokens, cfg.loss.importance_cap, cfg.loss.kl_coefficient, cfg.loss.kl_kind,
-        cfg.loss.entropy_coefficient, inputs.compute_dtype(cfg.learner), remat, mesh=device_mesh,
+        cfg.loss.objective, cfg.rollout.temperature, **{name: getattr(cfg.loss, name) for name in of_loss},
+        longest=cfg.rollout.max_response_tokens, dtype=inputs.compute_dtype(cfg.learner), remat=remat, mesh=device_mesh,
         lora=inputs.adapters(cfg.lora),
     )  # fmt: skip
 
@@ -182,6 +189,11 @@ def minibatches(cfg: TrainConfig) -> int:
 
 def introduce(cfg: TrainConfig, policy: Policy, tasks: Tasks, steps: int, device_mesh: Mesh) -> None:
     """Prints the arithmetic of the run."""
+    if cfg.loss.objective == "gspo" and cfg.loss.clip_high > 0.05:
+        console.warn(
+            f"--loss.clip_high {cfg.loss.clip_high} clips next to nothing with --loss.objective gspo, whose ratios are of "
+            "whole responses; the paper has --loss.clip_low 3e-4 --loss.clip_high 4e-4"
+        )
     n, g = cfg.rollout.prompts_per_step, cfg.rollout.group_size
     updates = f"{minibatches(cfg)} optimizer step(s) of {min(n, cfg.update.prompts_per_minibatch):,} prompts"
     console.header(
@@ -201,8 +213,10 @@ def pack_minibatches(run: Run, groups: Sequence[Group]) -> list[Packed]:
     """The micro-batches of each mini-batch, on the devices."""
     if run.config.loss.skip_zero_variance:
         groups = [g for g in groups if np.any(g.advantages != 0)]
-    size = run.config.update.prompts_per_minibatch
-    return [pack(run, groups[i : i + size]) for i in range(0, len(groups), size)]
+    count = -(-len(groups) // run.config.update.prompts_per_minibatch)
+    # As even as can be: where groups were left out, one that is over must not take an optimizer step of its own.
+    ends = [i * len(groups) // count for i in range(count + 1)] if count else []
+    return [pack(run, groups[i:j]) for i, j in zip(ends, ends[1:], strict=False)]
 
 
 def add_reference(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -> list[list[Pack]]:
@@ -226,8 +240,10 @@ def learn(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -> dict[s
     done, total = [], run.config.update.passes * len(minibatch_packs)
     for packs in minibatch_packs * run.config.update.passes:
         show.phase("update", len(done), total)
+        # GSPO's edges lie within what two programs round in bfloat16; in the first step no program need be asked.
+        objective = replace(run.objective, unmoved=run.objective.kind == "gspo" and not done)
         params, optimizer, sums = learner.update(
-            run.policy.model, run.objective, run.optimizer, run.state["params"], run.state["optimizer"], packs, run.frozen
+            run.policy.model, objective, run.optimizer, run.state["params"], run.state["optimizer"], packs, run.frozen
         )
         run.state = {"params": params, "optimizer": optimizer}
         done.append(jax.device_get(sums))
@@ -251,22 +267,35 @@ def validate(run: Run, tasks: Sequence[Task], sampling: Sampling, score_group: R
     }
 
 
+def watch_refills(run: Run, row: dict[str, Any]) -> None:
+    """Warns, once a run, where the refills of a step were used up before its batch was full."""
+    settings, found = run.config.rollout, row["learner/prompts"]
+    if settings.refills and found < settings.prompts_per_step and "refills" not in run.said:
+        run.said.add("refills")
+        console.warn(
+            f"step {row['step']}: of {row['rollout/prompts']:,} prompts {found:,} have responses of different reward, "
+            f"and the step learned from these; the data is too hard or too easy for this model (see groups/zero_variance), or raise "
+            "--rollout.refills or --rollout.group_size"
+        )
+
+
 def speeds(sampled: Batch, batch: Batch, clock: Clock) -> dict[str, float]:
     times = clock.metrics()
     learning = times["time/update"] + times["time/reference"]
     return {
         **times,
         "rollout/prompts": len(sampled.tasks),
+        "learner/prompts": len(batch.tasks),
         "rollout/tokens_per_second": sampled.usage.tokens / sampled.seconds,
         "rollout/slot_utilization": sampled.usage.tokens / sampled.usage.row_steps,
         "learner/tokens_per_second": sum(g.tokens for g in batch.groups) / learning,
     }
 
 
-def rollout_rows(step: int, batch: Batch, policy: Policy) -> list[dict]:
-    """The rows of rollouts.jsonl: one a group."""
-    rows = []
-    for task, group, decoded, scores in zip(batch.tasks, batch.groups, batch.texts, batch.scored, strict=True):
+def rollout_rows(step: int, sampled: Batch, batch: Batch, policy: Policy) -> list[dict]:
+    """The rows of rollouts.jsonl: one a group that was sampled; "learned" is whether it is in the batch."""
+    rows, learned = [], {id(group) for group in batch.groups}
+    for task, group, decoded, scores in zip(sampled.tasks, sampled.groups, sampled.texts, sampled.scored, strict=True):
         responses = [
             {
                 "text": t,
@@ -285,6 +314,7 @@ def rollout_rows(step: int, batch: Batch, policy: Policy) -> list[dict]:
                 "id": task.example.id,
                 "prompt": prompt,
                 "answer": list(task.example.answer),
+                "learned": id(group) in learned,
                 "responses": responses,
             }
         )

@@ -13,6 +13,14 @@ def x64():
     jax.config.update("jax_enable_x64", before)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Lets go of a module's compiled programs: those of the whole suite together take more memory maps than Linux gives one
+    process (vm.max_map_count, 65530), and the compiler then dies."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> str:
     """A Hugging Face folder: a random Qwen2 model of 20k parameters with the demo's tokenizer; it has learned nothing."""

@@ -76,7 +76,7 @@ def test_a_run_that_is_continued_ends_like_one_that_was_not_stopped(tiny_model, 
     weights = [(folder / "hf" / "model.safetensors").read_bytes() for folder in (tmp_path / "run", unbroken)]
     assert weights[0] == weights[1]
     shown = capsys.readouterr().out
-    assert "0 of 22 are calls without a thought" in shown and "resuming" in shown and "run.steps: 2 -> 4" in shown
+    assert "0 of 22 are calls after an empty thought" in shown and "resuming" in shown and "run.steps: 2 -> 4" in shown
     before, after = untimed(unbroken)[0]["val/loss"], untimed(unbroken)[-1]["val/loss"]
     assert f"loss {before:15.4f}{after:8.4f}{after - before:+12.4f}" in shown
 
@@ -94,7 +94,7 @@ def test_the_calls_alone_are_other_targets_of_the_same_rows(tiny_model, rows, tm
     cfg = settings(tiny_model, rows, tmp_path / "run", 2)
     calls = replace(cfg, data=replace(cfg.data, replies="calls", end=0.5))
     sft.sft(calls)
-    assert "11 of 11 are calls without a thought" in capsys.readouterr().out
+    assert "all 11 are calls alone" in capsys.readouterr().out
     policy = inputs.load_policy(str(tmp_path / "run"))  # the run's folder stands for its model
     assert policy.path == str(tmp_path / "run" / "hf")
     for other in (
@@ -129,3 +129,12 @@ def test_a_row_longer_than_a_microbatch_is_refused_before_anything_is_read(tmp_p
     cfg = settings("no/such/model", "no/such/rows", tmp_path / "run", 2)
     with pytest.raises(ValueError, match="--learner.tokens_per_microbatch 100 is less than --batch.max_tokens 400"):
         sft.sft(replace(cfg, learner=replace(cfg.learner, tokens_per_microbatch=100)))
+
+
+def test_empty_thoughts_are_not_taught_unsaid(capsys):
+    bare = [Task(make([], [], [], "test", extra), np.zeros(1, np.int32)) for extra in ({}, {"reasoning": "so"}, {"response": "x"})]
+    shown = sft.replies(config.SftConfig(), Tasks(bare, [], {}))
+    assert shown == "1 of 3 are calls after an empty thought"
+    assert "1 of 3 rows have no thought, and teach an empty one" in " ".join(capsys.readouterr().out.split())
+    sft.replies(config.SftConfig(), Tasks(bare[1:], [], {}))
+    assert capsys.readouterr().out == ""

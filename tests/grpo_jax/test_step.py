@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from grpo_jax import batch, checkpoint, config, hosts, inputs, loss, metrics, train
-from models import hf
+from grpo_jax import batch, checkpoint, config, hosts, inputs, loss, mesh, metrics, train
+from models import decoder, hf
 from scripts import export_hf
 from tests.grpo_jax.small_run import end_of, rows, small
 
@@ -146,13 +147,14 @@ def test_groups_of_equal_rewards_give_way_to_those_of_the_next_prompts(tiny_mode
     found, kept = rows(refilled)[1:], metrics.read(refilled / "rollouts.jsonl")
     place = 0
     for row in found:
-        ids = [one["id"] for one in kept if one["step"] == row["step"]]
+        ids = [one["id"] for one in kept if one["step"] == row["step"] and one["learned"]]
         sampled = [task.example.id for task in inputs.batch(tasks, row["rollout/prompts"], cfg.run.seed, place)]
         assert ids == [one for one in sampled if one in ids]  # in the order of the data, from where the last step ended
         assert len(ids) == 3 or row["rollout/prompts"] == 9
         place += row["rollout/prompts"]
         assert row["epoch"] == place / len(tasks)
-    assert all(len({one["value"] for one in group["responses"]}) > 1 for group in kept)
+        assert len(ids) == row["learner/prompts"] and sampled == [one["id"] for one in kept if one["step"] == row["step"]]
+    assert all(len({one["value"] for one in group["responses"]}) > 1 for group in kept if group["learned"])
     assert {3, 6} & {row["rollout/prompts"] for row in found} and {6, 9} & {row["rollout/prompts"] for row in found}
     assert any(row["groups/zero_variance"] > 0 for row in found)  # of all that was sampled
 
@@ -212,11 +214,54 @@ def test_gspo_begins_like_the_mean_over_responses(tiny_model, tmp_path):
     assert gspo[1]["grad_norm"] == pytest.approx(ppo[1]["grad_norm"], rel=1e-4)
 
 
-def test_a_sampler_that_agrees_is_weighed_by_1_or_by_the_cap_below_that(tiny_model, tmp_path):
-    one = {"run.steps": 1, "update.prompts_per_minibatch": 3, "update.recompute_old_logp": True, "loss.kl_coefficient": 0.0}
-    without, _ = end_of(small(tiny_model, tmp_path / "a", **one))
-    halved, _ = end_of(small(tiny_model, tmp_path / "b", **one, **{"loss.importance_cap": 0.5}))
-    assert halved[1]["grad_norm"] == pytest.approx(without[1]["grad_norm"] / 2, rel=1e-4)
+def test_gspo_clips_nothing_in_bfloat16_before_the_policy_moves(tiny_model, tmp_path):
+    """Sampler and learner differ there by as much as its edges."""
+    narrow = {"loss.objective": "gspo", "loss.mean": "sequence_mean", "loss.clip_low": 3e-4, "loss.clip_high": 4e-4}
+    one = {"run.steps": 1, "update.prompts_per_minibatch": 3, "learner.dtype": "bfloat16"}
+    found, _ = end_of(small(tiny_model, tmp_path / "a", **narrow, **one))
+    assert found[1]["clip_fraction"] == 0 < 4e-4 < found[1]["rollout/logp_mismatch"]
+
+
+def test_what_is_left_of_a_batch_is_shared_by_its_optimizer_steps(monkeypatch):
+    monkeypatch.setattr(train, "pack", lambda run, groups: list(groups))
+    run = SimpleNamespace(config=config.TrainConfig(update=config.Update(prompts_per_minibatch=4)))
+    groups = [SimpleNamespace(advantages=np.ones(2), number=i) for i in range(13)]
+    sizes = lambda n: [len(part) for part in train.pack_minibatches(run, groups[:n])]  # noqa: E731
+    assert [sizes(n) for n in (0, 1, 4, 5, 8, 9, 13)] == [[], [1], [4], [2, 3], [4, 4], [3, 3, 3], [3, 3, 3, 4]]
+    assert [g.number for part in train.pack_minibatches(run, groups) for g in part] == list(range(13))
+
+
+def test_joined_batches_take_the_time_that_they_took(tiny_model, tmp_path, monkeypatch):
+    """Three batches a step: seconds of sampling are those of all, each counted once."""
+    told, joined = [], batch.joined
+
+    def watched(batches):
+        told.append((len(batches), sum(one.seconds for one in batches)))
+        return joined(batches)
+
+    monkeypatch.setattr(batch, "joined", watched)
+    options = {"reward.kind": "binary", "rollout.refills": 2, "run.steps": 1}
+    found, _ = end_of(small(tiny_model, tmp_path / "a", **options))
+    timed = metrics.read(tmp_path / "a" / "metrics.jsonl")[1]
+    assert [count for count, _ in told] == [1, 2, 3] and found[1]["rollout/prompts"] == 9
+    assert told[-1][1] == pytest.approx(timed["time/rollout"])
+
+
+def test_a_group_that_differs_in_length_alone_is_replaced(tiny_model, tmp_path, capsys):
+    options = {"reward.kind": "binary", "rollout.refills": 1, "reward.overlong_margin": 12, "run.steps": 1}
+    found, _ = end_of(small(tiny_model, tmp_path / "a", **options))  # all wrong, so no group is any better for its length
+    assert (found[1]["rollout/prompts"], found[1]["learner/prompts"]) == (6, 0) and "grad_norm" not in found[1]
+    assert [row["learned"] for row in metrics.read(tmp_path / "a" / "rollouts.jsonl")] == [False] * 6
+    assert "step 1: of 6 prompts 0 have responses of different reward" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_objective_has_what_the_options_say():
+    of_loss = {"objective": "cispo", "mean": "constant", "clip_low": 0.1, "clip_high": 0.3, "importance_cap": 2.0}
+    of_loss |= {"kl_coefficient": 0.5, "kl_kind": "k1", "entropy_coefficient": 0.25}
+    cfg = config.TrainConfig(loss=config.Loss(**of_loss), rollout=config.Rollout(max_response_tokens=77, temperature=0.9))
+    made = train.objective_of(cfg, mesh.make(config.Mesh()), decoder.SIZES["qwen2.5-0.5b"])
+    assert {name: getattr(made, "kind" if name == "objective" else name) for name in of_loss} == of_loss
+    assert (made.longest, made.temperature, made.unmoved) == (77, 0.9, False)
 
 
 @pytest.mark.parametrize("name", ["dapo", "dr-grpo", "gspo"])

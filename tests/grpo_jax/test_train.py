@@ -212,6 +212,11 @@ def test_a_field_that_a_run_is_older_than_had_its_default(tiny_model, unbroken, 
     cfg = config.parse(TrainConfig, "grpo_jax.train", words({**SMALL, "model.path": tiny_model, "run.dir": str(folder)}))
     identity, _ = config.differences({k: v for k, v in before.items() if k != "program"}, cfg)
     assert identity == []
+    older = {k: dict(v) for k, v in before.items() if k != "program"}
+    older["learner"] |= older.pop("update")  # as runs had it before that section
+    assert config.differences(older, cfg)[0] == []
+    older["learner"]["passes"] = 3
+    assert config.differences(older, cfg)[0] == ["update.passes: 3 -> 1"]
     other = replace(cfg, loss=replace(cfg.loss, objective="gspo"))
     assert config.differences(before, other)[0][0] == "loss.objective: ppo -> gspo"
 
@@ -250,6 +255,8 @@ def refused(capsys, *arguments: str) -> str:
         (["--rollout.group_size", "1"], "--loss.normalize mean_only"),
         (["--rollout.group_size", "1", "--loss.normalize", "rloo", "--rollout.refills", "2"], "one response never"),
         (["--loss.importance_cap", "2"], "give --update.recompute_old_logp"),
+        (["--loss.importance_cap", "0.5", "--update.recompute_old_logp"], "below 1 it would weigh down every token"),
+        (["--loss.clip_low", "2"], "give at most 1"),
         (["--reward.overlong_margin", "97"], "--reward.overlong_margin 97 is more than"),
         (["--loss.objective", "grpo"], "'ppo', 'gspo', 'cispo'"),
         (["--rollout.top_p", "0.9"], "--rollout.top_p must be 1"),
