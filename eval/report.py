@@ -40,8 +40,8 @@ def table(study: Study, asked: str, outcomes: Outcomes, commands: Sequence[str])
         "",
         f"`python -m eval.study {asked}`. Accuracy: right calls after a thought; right calls: with a thought or without; both "
         "of greedy responses. Sampled: right calls of responses drawn at temperature 0.7, as in training. In %; mean ± "
-        f"standard deviation over seeds. The paper's numbers ({study.paper}) are BFCL's, of a 7B model unless the row says otherwise: "
-        "another test.",
+        "standard deviation over seeds. "
+        f"The paper's numbers ({study.paper}) are BFCL's, of a 7B model unless the row says otherwise: another test.",
         "",
         "| | paper: non-live | paper: live | paper: mean | accuracy | right calls | sampled | runs |",
         "|---|---|---|---|---|---|---|---|",
