@@ -39,9 +39,9 @@ def table(study: Study, asked: str, outcomes: Outcomes, commands: Sequence[str])
         f"# {study.title}",
         "",
         f"`python -m eval.study {asked}`. Accuracy: right calls after a thought; right calls: with a thought or without; both "
-        "of greedy responses. Sampled: accuracy of responses drawn at temperature 0.7, as in training. In %; mean ± standard "
-        f"deviation over seeds. The paper's numbers ({study.paper}) are BFCL's, of a 7B model unless the row says otherwise: "
-        "another test.",
+        "of greedy responses. Sampled: right calls of responses drawn at temperature 0.7, as in training. In %; mean ± "
+        "standard deviation over seeds. "
+        f"The paper's numbers ({study.paper}) are BFCL's, of a 7B model unless the row says otherwise: another test.",
         "",
         "| | paper: non-live | paper: live | paper: mean | accuracy | right calls | sampled | runs |",
         "|---|---|---|---|---|---|---|---|",
@@ -50,7 +50,7 @@ def table(study: Study, asked: str, outcomes: Outcomes, commands: Sequence[str])
         found, failed = scores[row.name], sum(bool(o.problem) for o in _of(outcomes, row.name))
         cells = [f"{number:.2f}" for number in row.paper] if row.paper else [""] * 3
         cells += [spread([s[name] for s in found]) for name in ("accuracy", "calls")]
-        cells.append(spread([s["sampled"]["accuracy"] for s in found]))
+        cells.append(spread([s["sampled"]["calls"] for s in found]))
         cells.append(f"{len(found)}" + (f", {failed} failed" if failed else ""))
         lines.append(f"| {row.label} | {' | '.join(cells)} |")
     if reasons := dict.fromkeys(r for found in scores.values() for s in found for r in s["reasons"] if r != "correct"):
@@ -85,7 +85,10 @@ def spread(shares: Sequence[float]) -> str:
 
 
 def accuracy(path: Path, labels: Mapping[str, str], outcomes: Outcomes) -> None:
-    """One line a row of the study: a point a seed, a bar at the mean of the greedy ones. `labels`: of the rows, by name."""
+    """One line a row of the study: a point a seed, a bar at the mean of the greedy ones. `labels`: of the rows, by name.
+
+    Right calls, with a thought or without, as benchmarks judge; else rows that do not think would be 0 by the format.
+    """
     figure = _figure(9, 1.0 + 0.45 * len(labels))
     axes = figure.subplots()
     for place, name in enumerate(labels):
@@ -93,7 +96,7 @@ def accuracy(path: Path, labels: Mapping[str, str], outcomes: Outcomes) -> None:
         if not found:
             axes.text(1, place, "no result", va="center", fontsize=9, color="#999999")
             continue
-        greedy, sampled = ([100 * s["accuracy"] for s in some] for some in (found, [s["sampled"] for s in found]))
+        greedy, sampled = ([100 * s["calls"] for s in some] for some in (found, [s["sampled"] for s in found]))
         axes.barh(place, statistics.mean(greedy), height=0.7, color="#DCE8F2")
         spots = place + np.linspace(-0.2, 0.2, len(found)) if len(found) > 1 else [place]
         axes.plot(greedy, spots, "o", color=COLOURS[0], markersize=5, clip_on=False, label="greedy")
@@ -101,7 +104,7 @@ def accuracy(path: Path, labels: Mapping[str, str], outcomes: Outcomes) -> None:
     axes.set_yticks(range(len(labels)), labels.values())
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel("accuracy (%)")
+    axes.set_xlabel("right calls (%), with a thought or without")
     once = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if once:
         figure.legend(once.values(), once.keys(), loc="outside upper right", ncols=2, frameon=False, fontsize=9)

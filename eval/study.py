@@ -145,7 +145,7 @@ def recipes(args: Args) -> Study:
 
 
 def rewards(args: Args) -> Study:
-    """Table 4. At demo scale from a model that thinks in every other reply, or no reward would have to teach the format."""
+    """Table 4. At demo scale from a model that skips some thoughts, or no reward would have to teach the format."""
     kinds = (
         ("format", "Fine-grained: format", (87.83, 79.64, 83.74)),
         ("format_and_names", "Fine-grained: format and names", (88.54, 76.61, 82.58)),
@@ -162,7 +162,7 @@ def rewards(args: Args) -> Study:
         warm = ("--run.steps", "20", "--data.path", str(args.out / "half_thinking.jsonl"), "--optimizer.learning_rate", "1e-3")
         before = (
             Row(
-                "half-thinking", "Before: the demo's model, thinking in every other reply", SFT, "demo",
+                "half-thinking", "Before: the demo's model, made to skip some thoughts", SFT, "demo",
                 (*_DEMO_SFT, *warm), args.model,
             ),
         )  # fmt: skip

@@ -209,7 +209,7 @@ def test_a_run_that_fails_is_shown_and_the_others_go_on(tmp_path, monkeypatch, c
             raise ChildProcessError("exit code 2: error: no memory (a.log)")
         done.append((name, seed, step, len(chain)))
         (folder / "eval").mkdir(parents=True, exist_ok=True)
-        sampled = {"accuracy": 0.3 if seed == "seed-0" else 0.4}
+        sampled = {"calls": 0.3 if seed == "seed-0" else 0.4}
         (folder / "eval" / "scores.json").write_text(json.dumps({**SCORES, "sampled": sampled}))
         (folder / "metrics.jsonl").write_text('{"step": 0, "val/accuracy": 0.25}\n{"step": 4, "val/accuracy": 0.5}\n')
 
