@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from data import demo
+from data.example import make
 from grpo_jax import config, inputs, metrics, sft
 from grpo_jax.config import SftConfig
+from grpo_jax.inputs import Task, Tasks
 from models import decoder, hf, lora
 
 
@@ -132,7 +134,9 @@ def test_a_row_longer_than_a_microbatch_is_refused_before_anything_is_read(tmp_p
 
 
 def test_empty_thoughts_are_not_taught_unsaid(capsys):
-    bare = [Task(make([], [], [], "test", extra), np.zeros(1, np.int32)) for extra in ({}, {"reasoning": "so"}, {"response": "x"})]
+    bare = [
+        Task(make([], [], [], "test", extra), np.zeros(1, np.int32)) for extra in ({}, {"reasoning": "so"}, {"response": "x"})
+    ]
     shown = sft.replies(config.SftConfig(), Tasks(bare, [], {}))
     assert shown == "1 of 3 are calls after an empty thought"
     assert "1 of 3 rows have no thought, and teach an empty one" in " ".join(capsys.readouterr().out.split())
