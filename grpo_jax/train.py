@@ -273,8 +273,8 @@ def watch_refills(run: Run, row: dict[str, Any]) -> None:
     if settings.refills and found < settings.prompts_per_step and "refills" not in run.said:
         run.said.add("refills")
         console.warn(
-            f"step {row['step']}: of {row['rollout/prompts']:,} prompts {found:,} have responses of different reward, "
-            f"and the step learned from these; the data is too hard or too easy for this model (see groups/zero_variance), or raise "
+            f"step {row['step']}: of {row['rollout/prompts']:,} prompts {found:,} have responses of different reward, and it "
+            "learned from these; the data is too hard or too easy for this model (see groups/zero_variance), or raise "
             "--rollout.refills or --rollout.group_size"
         )
 
