@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 import types
 from collections import Counter
 from collections.abc import Mapping
@@ -20,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
+from data import command_line
 from eval import bfcl
 from grpo_jax import config
 
@@ -120,7 +120,7 @@ def evaluate(replies: Mapping[str, str], out: Path, block: str = "first") -> dic
 
 
 def main() -> None:
-    args = tyro.cli(Args, prog="python -m eval.bfcl_handler", use_underscores=True)
+    args = command_line.read(Args, "python -m eval.bfcl_handler", sys.argv[1:])
     replies = read(args.responses)
     official = evaluate(replies, args.out, args.block)
     ours = {item.id: bfcl.verdict(replies[item.id], item) for item in bfcl.items(block=args.block) if item.id in replies}

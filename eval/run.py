@@ -11,6 +11,7 @@ A benchmark is Examples and a verdict.
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +20,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from jax.sharding import Mesh
 from rich import progress
 
-from data import demo, jsonl, prompt
+from data import command_line, demo, jsonl, prompt
 from data.example import Example
 from eval import report
 from grpo_jax import batch, checkpoint, config, console, hosts, inputs, mesh, reward, rollout
@@ -263,7 +263,7 @@ def _answers(
 
 def main() -> None:
     cache_compilations()
-    run(tyro.cli(Args, prog="python -m eval.run", use_underscores=True))
+    run(command_line.read(Args, "python -m eval.run", sys.argv[1:]))
 
 
 if __name__ == "__main__":

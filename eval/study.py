@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from data import demo
+from data import command_line, demo
 from data.example import Example
 from eval import report
 from eval.report import Outcome
@@ -423,7 +423,7 @@ def main() -> None:
 
     for one in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(one, interrupt)
-    sys.exit(run(tyro.cli(Args, prog="python -m eval.study", use_underscores=True)))
+    sys.exit(run(command_line.read(Args, "python -m eval.study", sys.argv[1:])))
 
 
 if __name__ == "__main__":

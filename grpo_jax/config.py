@@ -7,13 +7,9 @@ with another value is refused) or *operational* (`OPERATIONAL` below: where, how
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
-import io
 import math
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-import tyro
+from data import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = ROOT / "models" / "demo"
@@ -481,44 +477,16 @@ def parse(kind: type[Config], program: str, argv: Sequence[str]) -> Config:
     words, presets = list(argv), PRESETS[kind]
     name = words.pop(0) if words and not words[0].startswith("-") else "demo"
     if name not in presets:
-        raise ValueError(f"unknown preset {name!r}: did you mean {_nearest(name, presets)!r}? Known: {', '.join(presets)}")
-    known = [f"--{field}" for field in flat(to_dict(kind()))]
-    for word in words:
-        option = word.split("=")[0].replace("_", "-")
-        spelled = [k.replace("_", "-") for k in known]
-        plain = re.sub(r"\.no-", ".", option)
-        if word.startswith("--") and word not in ("--help",) and plain not in spelled:
-            raise ValueError(
-                f"unknown option {word.split('=')[0]!r}: did you mean {known[spelled.index(_nearest(option, spelled))]!r}?"
-            )
-    shown = io.StringIO()
+        raise ValueError(
+            f"unknown preset {name!r}: did you mean {command_line.nearest(name, presets)!r}? Known: {', '.join(presets)}"
+        )
+    description = f"{kind.__doc__} The first word may be a preset: {', '.join(presets)} (default: demo)."
     try:
-        with contextlib.redirect_stderr(shown) if "--help" not in words else contextlib.nullcontext():
-            return tyro.cli(
-                kind,
-                prog=f"python -m {program} [PRESET]",
-                description=f"{kind.__doc__} The first word may be a preset: {', '.join(presets)} (default: demo).",
-                args=words,
-                default=presets[name](),
-                use_underscores=True,
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
+        return command_line.read(kind, f"python -m {program} [PRESET]", words, description=description, default=presets[name]())
+    except ValueError as error:
         late = next((word for word in words if word in presets), None)
-        hint = f"; a preset like {late!r} comes first" if late and "Unrecognized" in shown.getvalue() else ""
-        raise ValueError(_one_line(shown.getvalue()) + hint) from None
-
-
-def _nearest(word: str, known: Any) -> str:
-    return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]
-
-
-def _one_line(box: str) -> str:
-    """The text of an error box of tyro, without its frame, its title and the help texts below."""
-    lines = [re.sub(r"[^\x20-\x7e]", "", line).strip(" -") for line in box.splitlines()]
-    text = re.sub(r"\s+", " ", " ".join(line for line in lines[1:] if line))
-    return re.split(r" (?:Argument helptext|For full helptext)", text)[0] or "the command line is wrong; see --help"
+        hint = f"; a preset like {late!r} comes first" if late and "Unrecognized" in str(error) else ""
+        raise ValueError(f"{error}{hint}") from None
 
 
 _OUT_OF_MEMORY = (

@@ -40,7 +40,7 @@ from jax.sharding import Mesh
 from rich.progress import Progress
 from rich.table import Table
 
-from data import lengths
+from data import command_line, lengths
 from grpo_jax import config, console, flops, inputs, learner, mesh, packing, rollout
 from grpo_jax.config import run_main
 from grpo_jax.group import Group
@@ -524,4 +524,4 @@ def bench(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_main(lambda: bench(tyro.cli(Args, args=sys.argv[1:], description=__doc__, use_underscores=True)))
+    run_main(lambda: bench(command_line.read(Args, "python scripts/bench.py", sys.argv[1:])))

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
+from data import command_line
 from grpo_jax import checkpoint, config, console, inputs, learner
 from grpo_jax.config import run_main
 from models import decoder, hf, lora
@@ -70,4 +71,4 @@ def export(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: export(tyro.cli(Args, args=sys.argv[1:], description=__doc__)))
+    run_main(lambda: export(command_line.read(Args, "python scripts/export_hf.py", sys.argv[1:])))

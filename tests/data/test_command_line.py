@@ -1,0 +1,58 @@
+"""Command lines of programs without presets: what is wrong is one line that names the nearest right word."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import pytest
+import tyro
+
+from data import command_line
+
+
+@dataclass(frozen=True)
+class Inner:
+    path: str = ""
+    """Where."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Does something."""
+
+    what: Annotated[Literal["this", "that"], tyro.conf.Positional]
+    """Which."""
+    data: Inner = field(default_factory=Inner)
+    some_limit: int | None = None
+    """At most so many."""
+    quiet: bool = False
+    """Says nothing."""
+
+
+def test_words_become_options():
+    found = command_line.read(Args, "program", ["that", "--data.path", "x", "--some_limit", "3", "--quiet"])
+    assert found == Args("that", Inner("x"), 3, True)
+    assert command_line.read(Args, "program", ["this", "--some-limit=4"]).some_limit == 4
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["this", "--some_limt", "3"], "unknown option '--some_limt': did you mean '--some_limit'?"),
+        (["this", "--data.pth", "3"], "did you mean '--data.path'?"),
+        (["this", "--some_limit", "abc"], "Error parsing --some_limit: ['abc'] is no INT"),
+        (["this", "that"], "Unrecognized options: that"),
+        ([], "missing"),
+    ],
+)
+def test_what_is_wrong_is_one_line(words, says, capsys):
+    with pytest.raises(ValueError) as error:
+        command_line.read(Args, "program", words)
+    assert says.lower() in str(error.value).lower() and "\n" not in str(error.value) and len(str(error.value)) < 200
+    assert capsys.readouterr().err == ""
+
+
+def test_help_is_printed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        command_line.read(Args, "program", ["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and "Does something." in shown and "--no-quiet" not in shown and "program" in shown
