@@ -5,8 +5,8 @@
 
 BFCL, API-Bank and ACEBench write their questions in five ways: a text, a text of "user: ... system: ..." lines, a list of
 messages, a list of lists of messages, all under the keys of `KEYS`; and a file that is one dialogue, a message a line.
-Texts are the same if their letters and digits are: case, spaces and punctuation do not count. In a dialogue with several user turns, one of fewer than
-`TELLING_WORDS` words ("yes, please") says too little to be the same question, on either side.
+Texts are the same if their letters and digits are: case, spaces and punctuation do not count. In a dialogue with several
+user turns, one of fewer than `TELLING_WORDS` words ("yes, please") says too little to be the same question, on either side.
 """
 
 import json
