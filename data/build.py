@@ -14,6 +14,7 @@ Each answer is kept or dropped for one reason, so that kept and dropped add up t
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -133,17 +134,22 @@ def build(settings: Build, console: Console | None = None) -> dict[str, Any]:
     sources = _sources(settings)
     out = Path(settings.out).resolve()
     replaces = _is_build(out, sources)
-    benchmarks = overlap.read(settings.benchmarks)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        shards = _write(partial, sources, settings, benchmarks, console)
-        manifest = _manifest(settings, sources, benchmarks, shards)
-        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        (partial / jsonl.MANIFEST).write_text(text, encoding="utf-8")
-        _move(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (out.with_name(f".{out.name}.{what}") for what in ("partial", "partial-old"))
+    with _alone(partial.with_name(partial.name + ".lock"), out):
+        if _clean_up(out, partial, old):
+            replaces = _is_build(out, sources)
+            console.print(f"{out}: the earlier build was cut off as it was replaced, and is back", soft_wrap=True)
+        benchmarks = overlap.read(settings.benchmarks)
+        partial.mkdir()
+        try:
+            shards = _write(partial, sources, settings, benchmarks, console)
+            manifest = _manifest(settings, sources, benchmarks, shards)
+            text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+            (partial / jsonl.MANIFEST).write_text(text, encoding="utf-8")
+            _move(partial, out, old)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     _show(console, sources)
     where = f"--data.path {settings.out}" + " (in place of the earlier build)" * replaces
     files = f"{len(manifest['shards']):,} file" + "s" * (len(manifest["shards"]) > 1)
@@ -274,10 +280,40 @@ def _is_build(out: Path, sources: list[Source]) -> bool:
     return True
 
 
-def _move(folder: Path, out: Path) -> None:
-    """Puts a folder in the place of another one, which may exist."""
+@contextlib.contextmanager
+def _alone(lock: Path, out: Path) -> Iterator[None]:
+    """Holds a lock that ends with the process, however that ends. ValueError where another process holds it."""
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())  # else its holder has just ended
+        except BlockingIOError:
+            held = False
+        except OSError:
+            held = True  # as far as can be known: a file system without locks
+        if not held:
+            raise ValueError(f"--out {out}: another process is building it: wait for its end, or give another folder")
+        try:
+            yield
+        finally:
+            lock.unlink()
+
+
+def _clean_up(out: Path, partial: Path, old: Path) -> bool:
+    """Removes what a killed build left; whether it left `_move` half done, so that the earlier build is now put back."""
+    shutil.rmtree(partial, ignore_errors=True)
+    if not old.exists():
+        return False
+    if not out.exists() or not any(out.iterdir()):
+        old.rename(out)
+        return True
+    shutil.rmtree(old)
+    return False
+
+
+def _move(folder: Path, out: Path, old: Path) -> None:
+    """Puts a folder in the place of another one, which may exist and is `old` for a moment."""
     if out.exists():
-        old = folder.with_name(folder.name + "-old")
         out.rename(old)
         folder.rename(out)
         shutil.rmtree(old)

@@ -171,7 +171,7 @@ def decoded(value: Any, kind: type) -> Any:
     return value
 
 
-def _function(value: Any) -> dict[str, Any]:
+def unwrapped(value: Any) -> dict[str, Any]:
     """A tool or a call without OpenAI's wrapping. Only a tool or call without a name of its own is wrapped: a plain one
     may well have a key "function"."""
     _require(isinstance(value, dict), "not an object")
@@ -183,7 +183,7 @@ def _function(value: Any) -> dict[str, Any]:
 
 def _tools(value: Any) -> list[dict[str, Any]]:
     tools = []
-    for tool in map(_function, decoded(value, list)):
+    for tool in map(unwrapped, decoded(value, list)):
         description, parameters = tool.get("description") or "", tool.get("parameters")
         _require(isinstance(description, str), "a description that is no text")
         parameters = {} if parameters is None else decoded(parameters, dict)
@@ -192,7 +192,7 @@ def _tools(value: Any) -> list[dict[str, Any]]:
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
-    calls = map(_function, decoded(value, list))
+    calls = map(unwrapped, decoded(value, list))
     return [{"name": call["name"], "arguments": decoded(call.get("arguments"), dict)} for call in calls]
 
 

@@ -3,10 +3,10 @@
     read(paths) --> Benchmarks: every text that a user says in them, normalized
     Benchmarks.files_with(messages) --> the files in which a task's user says the same
 
-BFCL, API-Bank and ACEBench write their questions in four ways: a text, a text of "user: ... system: ..." lines, a list of
-messages, a list of lists of messages. All are taken, under the keys of `KEYS`. Texts are the same if their letters and
-digits are: case, spaces and punctuation do not count. In a dialogue with several user turns, one of fewer than
-`TELLING_WORDS` words ("yes, please") says too little to be the same question, on either side.
+BFCL, API-Bank and ACEBench write their questions in five ways: a text, a text of "user: ... system: ..." lines, a list of
+messages, a list of lists of messages, all under the keys of `KEYS`; and a file that is one dialogue, a message a line.
+Texts are the same if their letters and digits are: case, spaces and punctuation do not count. In a dialogue with several
+user turns, one of fewer than `TELLING_WORDS` words ("yes, please") says too little to be the same question, on either side.
 """
 
 import json
@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-KEYS = ("question", "query", "messages", "history")
+KEYS = ("question", "query", "messages", "history", "input")
+DIALOGUES = ("input",)  # keys under which a text that is no dialogue is something else than a question
 SUFFIXES = (".json", ".jsonl")
 TELLING_WORDS = 4
 
-_SPEAKER = re.compile(r"^(user|system|assistant): ?", re.MULTILINE)
+_SPEAKER = re.compile(r"^(user|system|assistant|ai|api-request|generate api request): ?", re.MULTILINE | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,13 @@ def _telling(texts: Sequence[str]) -> set[str]:
 
 
 def _queries(file: Path) -> set[str]:
-    return {text for row in _rows(file) for key in KEYS if key in row for text in _telling([*_user_texts(row[key])])}
+    found, spoken = set(), []  # spoken: by the user of the one dialogue that such a file is
+    for row in _rows(file):
+        spoken += _user_texts(row)
+        for key in KEYS:
+            if key in row and (key not in DIALOGUES or _is_dialogue(row[key])):
+                found |= _telling([*_user_texts(row[key])])
+    return found | _telling(spoken)
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -97,14 +104,21 @@ def _json_or_none(line: str) -> Any:
         return None
 
 
+def _is_dialogue(value: Any) -> bool:
+    return isinstance(value, str) and value.lower().startswith("user:")
+
+
 def _user_texts(value: Any) -> Iterator[str]:
     """What users say in a text, a dialogue in one text, a message, or lists of such."""
     if isinstance(value, str):
         parts = _SPEAKER.split(value)  # text before, speaker, text, speaker, text, ...
         spoken = zip(parts[1::2], parts[2::2], strict=True)
-        yield from (text for speaker, text in spoken if speaker == "user") if value.startswith("user:") else [value]
+        yield from (text for speaker, text in spoken if speaker.lower() == "user") if _is_dialogue(value) else [value]
     elif isinstance(value, list):
         for part in value:
             yield from _user_texts(part)
-    elif isinstance(value, dict) and value.get("role") in ("user", "human") and isinstance(value.get("content"), str):
-        yield value["content"]
+    elif isinstance(value, dict):
+        said = {key.lower(): part for key, part in value.items()}
+        text = said.get("content", said.get("text"))
+        if str(said.get("role")).lower() in ("user", "human") and isinstance(text, str):
+            yield text

@@ -14,7 +14,7 @@ bounded depth. What it does not take for certain it refuses, and the turn is dro
 import json
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from data import jsonl
@@ -48,13 +48,13 @@ def examples_of(row: Any, row_id: str, *, keep_no_call: bool = False) -> list[Ex
     if not answers or system is None:
         return [jsonl.TOOLS_DO_NOT_PARSE] * answers or [NO_ANSWER]
     tools, context = system
-    names = {tool["name"] for tool in tools if isinstance(tool, dict) and isinstance(tool.get("name"), str)}
+    offered = _offered(tools)
     outcomes: list[Example | str] = []
     bad_call = False
     for role, text in turns:
         turn = {"role": role, "content": text}
         if role == "assistant":
-            calls = jsonl.parsed(lambda text: calls_of(text, names), text)
+            calls = jsonl.parsed(lambda text: _with_known_keys(calls_of(text, offered), offered), text)
             if bad_call:
                 outcome: Example | str = AFTER_A_BAD_CALL
             elif calls is None:
@@ -94,12 +94,35 @@ def system_of(text: Any) -> tuple[list[Any], list[dict[str, str]]]:
     return tools, [{"role": "system", "content": time.group().split("Here is a")[0].strip()}] if time else []
 
 
+def _offered(tools: list[Any]) -> dict[str, frozenset[str] | None]:
+    """The parameters of each tool by its name; None where its schema does not say."""
+    found = {}
+    for tool in tools:
+        tool = jsonl.parsed(jsonl.unwrapped, tool)
+        if tool is not None:
+            parameters = tool.get("parameters")
+            known = parameters.get("properties") if isinstance(parameters, dict) else None
+            found[tool["name"]] = frozenset(known) if isinstance(known, dict) else None
+    return found
+
+
+def _with_known_keys(calls: list[dict[str, Any]], offered: Mapping[str, frozenset[str] | None]) -> list[dict[str, Any]]:
+    """The calls. ValueError where a key with a space in it is no parameter of the tool: `1 b=2` lacks a comma."""
+    for call in calls:
+        known = offered.get(call["name"])
+        odd = [key for key in call["arguments"] if known is not None and key not in known and len(key.split()) > 1]
+        if odd:
+            raise ValueError(f"{odd[0]!r} is no parameter of {call['name']}")
+    return calls
+
+
 # ---------------------------------------------------------------- calls
 
 _SPACE = re.compile(r"\s*+")
 _OPENING = re.compile(r"\s*+\[\s*+(?:\]\s*+$|[^\[\](){}=]++\()")  # of a turn that is a list of calls and no prose
 _NAME = re.compile(r"""[^()\[\]{}"'=,]++(?=\()""")
 _KEY = re.compile(r"""([^()"'=,]++)=""")
+_COMMENT = re.compile(r"[\n\r#]|/\*")  # in a key
 _STRING = re.compile(r""" "([^"\\]*+(?:\\.[^"\\]*+)*+)" | '([^'\\]*+(?:\\.[^'\\]*+)*+)' """, re.DOTALL | re.VERBOSE)
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([0-7]{1,3})|(.))", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][+-]?\d++)?", re.ASCII)
@@ -109,16 +132,29 @@ _LITERALS = {"True": True, "true": True, "False": False, "false": False, "None":
 # The slash is JSON's; an escape that is not here keeps its backslash, as in Python.
 _ESCAPES = dict(zip("ntrbfav\\'\"/", "\n\t\r\b\f\a\v\\'\"/", strict=True)) | {"\n": ""}
 
+# Signs of a call in other formats or amid prose: its tag, its two keys in JSON, a list that begins with one.
+_TAG = re.compile(r"</?tool_call>", re.IGNORECASE)
+_JSON_NAME, _JSON_ARGUMENTS = (re.compile(rf"""(["'])(?:{keys})\1\s*+:""") for keys in ("name", "arguments|parameters"))
+_LISTED = re.compile(r"\[\s*+[\w./ -]++\(\s*+(?:\w++\s*+=|\)\s*+[\],])")
+
 
 def calls_of(text: str, names: Collection[str]) -> list[dict[str, Any]]:
     """The calls of an assistant's turn; [] where it is prose, or an empty list.
 
-    names: of the tools on offer. Raises ValueError where a call does not parse, and where one stands amid prose.
+    names: of the tools on offer. Raises ValueError where a call does not parse, and for prose with what may be a call: one
+    amid words, in another format, or the name of a tool in other case before a bracket, or alone in a list.
     """
     if _OPENING.match(text) or text.lstrip().startswith(tuple(f"[{name}(" for name in names)):
         return parse_calls(text, names)
-    if any(f"{name}(" in text for name in names):
+    if any(f"{name}(" in text for name in names) or any(sign.search(text) for sign in (_TAG, _LISTED)):
         raise ValueError("a call amid prose")
+    if _JSON_NAME.search(text) and _JSON_ARGUMENTS.search(text):
+        raise ValueError("a call as JSON")
+    lower = text.lower()
+    for name in filter(None, (name.strip().lower() for name in names)):  # it ends in no space, so time is linear
+        plain = re.escape(name)
+        if name in lower and re.search(rf"(?<!\w){plain}\s*+\(|\[\s*+{plain}\s*+[\],]", lower):
+            raise ValueError("the name of a tool, as if called")
     return []
 
 
@@ -175,10 +211,12 @@ def _call(text: str, at: int, longest_first: list[str]) -> tuple[dict[str, Any],
 
 def _argument(text: str, at: int) -> tuple[tuple[str, Any], int]:
     key = _KEY.match(text, at)
-    if not key or not key.group(1).strip():
+    name = key.group(1).strip() if key else ""
+    # In `a: 1 b=2` another argument stands before the name.
+    if not name or _COMMENT.search(name) or (":" in name and len(name.split()) > 1):
         raise _wrong(text, at, "an argument's name and '='")
     value, end = _value(text, _SPACE.match(text, key.end()).end(), 0)
-    return (key.group(1).strip(), value), end
+    return (name, value), end
 
 
 def _value(text: str, at: int, depth: int) -> tuple[Any, int]:
@@ -196,7 +234,10 @@ def _value(text: str, at: int, depth: int) -> tuple[Any, int]:
             return items, end
         case "{":
             pairs, end = _items(text, at + 1, "}", lambda at: _pair(text, at, depth + 1))
-            return dict(pairs), end
+            held = dict(pairs)
+            if len(held) < len(pairs):
+                raise ValueError(f"a key is given twice in the object at character {at}")
+            return held, end
     if number := _NUMBER.match(text, at):
         return _number(text, at, number.group()), number.end()
     word = _WORD.match(text, at)
@@ -237,6 +278,8 @@ def _string(text: str, at: int) -> tuple[str, int]:
 
 def _unescaped(escape: re.Match[str]) -> str:
     byte, short, long, octal, other = escape.groups()
+    if other is not None and other in "xuUN":  # too few digits, or a character by its name
+        raise ValueError(f"{escape.group()} is no character")
     if other is not None:
         return _ESCAPES.get(other, escape.group())
     code = int(octal, 8) if octal else int(byte or short or long, 16)

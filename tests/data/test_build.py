@@ -376,6 +376,54 @@ def test_an_earlier_build_is_replaced_whole_or_not_at_all(both, tmp_path, monkey
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "t.jsonl", "x.jsonl"]
 
 
+KILLED_BEFORE = """
+import os, signal, sys
+from pathlib import Path
+from data import build
+kill = lambda *given, **named: os.kill(os.getpid(), signal.SIGKILL)
+match sys.argv.pop(1):
+    case "manifest":
+        build._manifest = kill
+    case "rename":  # the second of the two that replace the earlier build
+        Path.rename = lambda self, to, move=Path.rename: kill() if not Path(to).name.startswith(".") else move(self, to)
+    case "remove":
+        build.shutil.rmtree = lambda folder, **named: kill() if folder.exists() else None
+build.main()
+"""
+
+
+@pytest.mark.parametrize("step", ["manifest", "rename", "remove"])
+def test_after_a_kill_the_next_build_cleans_up_and_puts_the_earlier_one_back(both, tmp_path, step):
+    silently(**both)
+    before = contents(both["out"])
+    words = [sys.executable, "-c", KILLED_BEFORE, step, "--xlam", both["xlam"], "--out", both["out"]]
+    assert subprocess.run(words, cwd=ROOT, capture_output=True).returncode == -9
+    assert len([file for file in tmp_path.iterdir() if file.name.startswith(".out.partial")]) > 1
+    assert Path(both["out"]).exists() == (step != "rename")
+    if step != "remove":
+        screen = io.StringIO()
+        (tmp_path / "bad.jsonl").write_text("not JSON")
+        with pytest.raises(ValueError, match="not JSON"):
+            build.build(Build(xlam=str(tmp_path / "bad.jsonl"), out=both["out"]), Console(file=screen))
+        assert contents(both["out"]) == before
+        assert ("was cut off as it was replaced, and is back" in screen.getvalue()) == (step == "rename")
+        (tmp_path / "bad.jsonl").unlink()
+    assert silently(xlam=both["xlam"], out=both["out"])["examples"] == 60
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "t.jsonl", "x.jsonl"]
+
+
+def test_one_process_a_folder(both, tmp_path, monkeypatch):
+    def second(*given):
+        with pytest.raises(ValueError, match="another process is building it: wait for its end, or give another folder"):
+            silently(**both)
+        return move(*given)
+
+    move = build._move
+    monkeypatch.setattr(build, "_move", second)
+    assert silently(**both)["examples"] == 120
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "t.jsonl", "x.jsonl"]
+
+
 def test_an_interrupt_leaves_nothing(both, tmp_path, monkeypatch, capsys):
     def interrupted(row, source, keep_no_call):
         raise KeyboardInterrupt

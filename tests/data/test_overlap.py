@@ -39,11 +39,30 @@ def write(path, value):
         ({"messages": [{"role": "human", "content": "Hm?"}], "question": "Oh?"}, {"hm", "oh"}),
         ({"question": 3, "query": None, "messages": [[[3]], {"role": "user", "content": ["x"]}], "history": {}}, set()),
         ({"question": "?!"}, set()),
+        ({"instruction": "Call.", "expected_output": "API-Request: [F(x='1')]",  # API-Bank, its authors' test-data
+          "input": "User: Is it warm now?\nAI: Where?\nUser: Yes.\nAPI-Request: [F(x='1')]->How cold is it?\nAI: So.\n"
+                   "User: And how warm tomorrow?\nGenerate API Request:\n"}, {"is it warm now", "and how warm tomorrow"}),
+        ({"instruction": "Translate this.", "input": "How warm is it?"}, set()),
+        ({"messages": [{"Role": "USER", "Text": "How warm is it?"}]}, {"how warm is it"}),
     ],
 )  # fmt: skip
 def test_every_way_of_writing_a_question(tmp_path, row, texts):
     for value in (row, [row], json.dumps(row) + "\n" + json.dumps({"id": 1}) + "\nnot JSON\n", json.dumps([row], indent=2)):
         assert overlap._queries(Path(write(tmp_path / "a.json", value))) == texts
+
+
+def test_a_file_that_is_one_dialogue(tmp_path):
+    turns = [
+        ("User", "How warm is it?"),
+        ("AI", "How cold is it now?"),
+        ("User", "Yes, please"),
+        ("user", "And in Oslo, tomorrow?"),
+    ]
+    lines = [json.dumps({"role": role, "text": text}) for role, text in turns]
+    lines.insert(2, json.dumps({"role": "API", "api_name": "F", "param_dict": {}, "result": {"output": "It is very warm."}}))
+    file = write(tmp_path / "a.jsonl", "\n".join(lines) + "\n")
+    assert overlap._queries(Path(file)) == {"how warm is it", "and in oslo tomorrow"}
+    assert overlap.read([str(tmp_path)]).counts == {file: 2}
 
 
 def test_the_same_question_in_other_case_spaces_and_punctuation():

@@ -70,7 +70,12 @@ def test_calls(text, calls):
         "[f(x=[1, 2)]", "[f(x=[1 2])]", "[f(x=(1))]", "[f(x=(1,))]", "[f(x={1, 2})]", "[f(x={a: 1})]", "[f(x={1: 1})]",
         "[f(x={'a' 1})]", "[f(x={'a': })]", "[f(x=" + "[" * 100_000, "[f(x=" + "[" * 66 + "]" * 66 + ")]",
         "[f(x=" + "{'a':" * 66 + "1" + "}" * 66 + ")]", '[{"name": "f", "arguments": {}}]', "[f(**{'x': 1})]",
-        "[__import__('os').system('true')]", "[f(x=__import__('os').system('true'))]",
+        "[w(a: 1 b=2)]", "[w(a : 1 b=2)]", "[w(a:1 b=2)]", "[w(# one\nb=2)]", "[w(# one b=2)]", "[w(/* one */ b=2)]",
+        "[w(a\nb=2)]",
+        "[f(x={'a': 1, 'a': 2})]", "[f(x=[{'a': {'b': 1, \"b\": 1}}])]", r"[f(x='\x4')]",
+        r"[f(x='\x')]", r"[f(x='\u12')]",
+        r"[f(x='\U0001F60')]", r"[f(x='C:\Users')]",
+        r"[f(x='\N{BULLET}')]", "[__import__('os').system('true')]", "[f(x=__import__('os').system('true'))]",
     ],
 )  # fmt: skip
 def test_what_is_no_list_of_calls_is_refused(text):
@@ -104,7 +109,8 @@ writers = st.sampled_from([repr, json.dumps, lambda value: json.dumps(value, ens
 
 EXAMPLES = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 gaps = st.sampled_from(["", " ", "\n \t"])
-some_calls = st.lists(st.tuples(plain_words, st.dictionaries(plain_words, values, max_size=3)), max_size=3)
+keys = plain_words.filter(lambda word: not (":" in word and " " in word))  # `a: 1 b` is no key
+some_calls = st.lists(st.tuples(plain_words, st.dictionaries(keys, values, max_size=3)), max_size=3)
 
 
 @EXAMPLES
@@ -164,8 +170,12 @@ def test_nothing_but_value_error_is_raised(text, names):
         "[f(x=1e" + "1" * 400_000 + ")]",
         "The current time " * 25_000,
         "[f(x={" + "'a':1," * 70_000 + "})]",
+        "[f(" + "a " * 200_000 + "=1)]",
+        "Sure: " + "[f " * 130_000,
+        "Sure: [f" + " " * 400_000,
+        "Sure: f" + " " * 400_000 + "'name'" + " " * 400_000,
     ],
-    ids=range(12),
+    ids=range(16),
 )
 def test_time_is_linear_in_the_text(text):
     start = time.process_time()
@@ -225,6 +235,7 @@ def test_each_call_turn_is_an_example_with_the_turns_before_it():
         ([("u", "Hi"), ("a", "Sure: [Weather (Beta)(x=1)]")], [CALLS_DO_NOT_PARSE]),  # it is no answer of no call
         ([("u", "Hi"), ("a", "[Weather (Beta)()] is what I call")], [CALLS_DO_NOT_PARSE]),
         ([("u", "Hi"), ("a", "[]")], [jsonl.NO_CALL]),
+        ([("u", "Hi"), ("a", "The [news] (of today) is due, weather (or not): {'name': 'x'}.")], [jsonl.NO_CALL]),
         ([("u", "Hi"), ("a", "[This](https://x.org) is prose")], [jsonl.NO_CALL]),
         ([("u", "Hi"), ("a", "I need your city (or your post code).")], [jsonl.NO_CALL]),
         ([("a", "[Weather (Beta)()]")], [jsonl.NO_QUERY]),
@@ -235,6 +246,41 @@ def test_each_call_turn_is_an_example_with_the_turns_before_it():
 )  # fmt: skip
 def test_turns_without_an_example_give_their_reason(turns, outcomes):
     assert examples_of(row(*turns), "0") == outcomes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"name":"w","arguments":{"city":"Oslo"}}]', '{"name": "w", "arguments": {}}',
+        "{'arguments': {}, 'name': 'other'}",
+        '[{"type": "function", "function": {"name": "w", "parameters": {}}}]',
+        '```json\n{"name" : "w", "arguments" : "{}"}\n```',
+        '<tool_call>[{"name": "w"}]</tool_call>', "<tool_call>\nw\n</tool_call>", "w and </TOOL_CALL>",
+        'Sure: [w (city="Oslo")]', 'Sure: [W(city="Oslo")]', 'I call W\n(city="Oslo").', "[w]", "Sure: [ W ]", "[w, Big Api]",
+        "Sure: [big api]", 'Sure: [forecast(city="Oslo")]', "Sure: [my.forecast()]", 'Sure: [w(city="Oslo")]',
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_what_may_be_a_call_is_never_prose(text, keep, wrapped):
+    """As an answer it would teach to call nothing, and in a context that prose is how to call."""
+    tools = [{"name": name, "description": "", "parameters": {}} for name in ("w", "Big Api")]
+    tools = [{"type": "function", "function": tool} for tool in tools] if wrapped else tools
+    turns = [("u", "Hi"), ("a", text), ("u", "And now?"), ("a", "[w()]")]
+    outcomes = examples_of(row(*turns, system=HEAD + json.dumps(tools) + TAIL), "0", keep_no_call=keep)
+    assert outcomes == [CALLS_DO_NOT_PARSE, AFTER_A_BAD_CALL]
+
+
+def test_a_key_with_a_space_is_one_where_the_schema_has_it():
+    def outcome(text, parameters):
+        tools = [{"name": "w", "description": "", "parameters": parameters}]
+        [found] = examples_of(row(("u", "Hi"), ("a", text), system=HEAD + json.dumps(tools) + TAIL), "0")
+        return found if isinstance(found, str) else found.answer[0]["arguments"]
+
+    schema = {"type": "dict", "properties": {"user id": {"type": "int"}, "b": {"type": "int"}}}
+    assert outcome("[w(user id=1, other=2)]", schema) == {"user id": 1, "other": 2}
+    assert outcome("[w(1 b=2)]", schema) == outcome("[w(True b=2)]", schema) == CALLS_DO_NOT_PARSE
+    assert outcome("[w(user id=1)]", {}) == {"user id": 1}  # nothing known of the tool
 
 
 @pytest.mark.parametrize(
