@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import re
 from collections.abc import Iterable, Sequence
@@ -28,7 +29,7 @@ def read(
             return tyro.cli(
                 kind,
                 prog=program,
-                description=description or kind.__doc__,
+                description=description or inspect.cleandoc(kind.__doc__),
                 args=argv,
                 use_underscores=True,
                 # What is off by itself needs no --no-...; a preset may have it on.

@@ -59,7 +59,12 @@ PEER_SECTIONS: dict[str, Section] = {"transformers": "rollout", "trl": "step"}
 
 @dataclass(frozen=True)
 class Args:
-    """Times the parts of a training step, and the whole."""
+    """Times the parts of a training step, and the whole, beside what the machine can do and other programs.
+
+    Take it to see whether a machine is used well, or what an option costs, before a long run.
+
+    python scripts/bench.py update logprob --model qwen2.5-0.5b --layers 4 --drawn
+    """
 
     sections: Annotated[tuple[Section, ...], tyro.conf.Positional]
     """What to time, in this order."""

@@ -33,10 +33,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data import jsonl, prompt
+from data import command_line, jsonl, prompt
 from data.example import Example
 from grpo_jax import console, reward
 from grpo_jax.config import run_main
@@ -58,7 +57,13 @@ class Data:
 
 @dataclass(frozen=True)
 class Args:
-    """From rows of right calls to rows with a thought before them, by a model behind an OpenAI-compatible server."""
+    """Asks a stronger model for the thoughts before calls that are known to be right, and writes rows for supervised training.
+
+    Any server that speaks OpenAI's /chat/completions will do. Replies with the right calls are kept. However it ends, the
+    same command goes on where it stopped, and nothing answered is asked twice.
+
+    python -m scripts.distill --data.path calls.jsonl --out reasoning.jsonl --url https://api.openai.com/v1 --model NAME
+    """
 
     data: Data
     out: Path
@@ -68,7 +73,8 @@ class Args:
     model: str
     """The model's name there."""
     attempts: int = 1
-    """Requests for a row, at most, while none of its replies is right. Each costs a whole prompt."""
+    """Requests for a row, at most, while none of its replies is right. Each costs a whole prompt. 1 for a first look; 2 to 4
+    where too few rows are kept. A later start with more asks again for the rows that have none."""
     temperature: float | None = None
     """Of sampling. Left out: the server's own, as some reasoning models take no other."""
     body: str = "{}"
@@ -76,9 +82,11 @@ class Args:
     limit: int | None = None
     """Only the first so many usable rows; a later start may raise it."""
     concurrency: int = 16
-    """Requests under way at once."""
+    """Requests under way at once. Raise it until the rate on screen grows no more or the server limits it; for a server of
+    your own, as many as it batches."""
     timeout: float = 300.0
-    """Seconds from a request to the end of its answer."""
+    """Seconds from a request to the end of its answer; then it is asked again, and may be charged twice. Raise it for long
+    thoughts, or a busy server of your own."""
     retries: int = 8
     """Times that a request is tried again after an error that may pass: rate limits, 5xx, no connection, no answer, rubbish."""
     backoff: float = 1.0
@@ -86,7 +94,7 @@ class Args:
     key_env: str = "OPENAI_API_KEY"
     """The environment variable with the server's key. It may be unset, for a server that wants none."""
     price_in: float | None = None
-    """Dollars for a million prompt tokens, to be shown what it costs."""
+    """Dollars for a million prompt tokens; with --price_out, to be shown what it costs."""
     price_out: float | None = None
     """Dollars for a million completion tokens, thoughts included."""
 
@@ -112,11 +120,8 @@ def verdict(answer: Answer, example: Example) -> str:
 def row_of(example: Example, answer: Answer) -> dict[str, Any]:
     """The row of the project's format that a kept answer becomes; read again, it is the same task (the same id)."""
     reply = reply_text(answer)
-    row = {"messages": example.messages, "tools": example.tools, "answers": example.answer, "source": example.source}
-    if "row_id" in example.extra:
-        row["id"] = example.extra["row_id"]
     thought = reply.partition("<think>")[2].partition("</think>")[0].strip()
-    return row | {"reasoning": thought, "response": reply}
+    return jsonl.row_of(example) | {"reasoning": thought, "response": reply}
 
 
 def write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
@@ -159,7 +164,10 @@ class Journal:
                 mended = "delete the line, whose answer is lost" if number > 1 else "give another --out"
                 raise ValueError(f"{path}:{number}: damaged: {mended}") from None
         differ = [name for name in settings if lines and before.get(name) != settings[name]]
-        if differ:
+        if differ and not self.answers:  # of a start that was answered nothing, for a wrong --model, say
+            self._file.truncate(0)
+            self._append({"settings": settings})
+        elif differ:
             changes = "; ".join(f"{name} was {before.get(name)}, is {settings[name]}" for name in differ)
             raise ValueError(f"{path}: its answers are to other questions ({changes}): give another --out")
 
@@ -295,10 +303,10 @@ class Distillation:
         return "  ".join(cells)
 
     def dollars(self) -> float | None:
-        """What all answers so far cost, as far as prices are given; requests that failed are not in it."""
-        if self.args.price_in is None and self.args.price_out is None:
+        """What all answers so far cost, where prices are given; requests that failed are not in it."""
+        if self.args.price_in is None or self.args.price_out is None:
             return None
-        return (self.tokens_in * (self.args.price_in or 0) + self.tokens_out * (self.args.price_out or 0)) / 1e6
+        return (self.tokens_in * self.args.price_in + self.tokens_out * self.args.price_out) / 1e6
 
     async def _show(self) -> None:
         columns = (
@@ -345,12 +353,21 @@ def _short(number: int) -> str:
 
 def check(args: Args) -> None:
     """Everything that can be refused before anything is read."""
-    for name, least in (("attempts", 1), ("concurrency", 1), ("retries", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)}: give a number from {least} on")
+    for name, least in (("attempts", 1), ("concurrency", 1), ("retries", 0), ("limit", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ValueError(f"--{name} {value}: give a number from {least} on")
     for name in ("timeout", "backoff"):
         if not 0 < getattr(args, name) < float("inf"):
             raise ValueError(f"--{name} {getattr(args, name)}: give a number of seconds above 0")
+    prices = {"price_in": args.price_in, "price_out": args.price_out}
+    for name, price in prices.items():
+        if price is not None and not 0 <= price < float("inf"):
+            raise ValueError(f"--{name} {price}: give dollars for a million tokens, from 0 on")
+    lacking = [name for name, price in prices.items() if price is None]
+    if len(lacking) == 1:
+        raise ValueError(f"--{lacking[0]} is missing: the cost needs both prices; give 0 for what is free")
+    if args.temperature is not None and not 0 <= args.temperature < float("inf"):
+        raise ValueError(f"--temperature {args.temperature}: give a number from 0 on")
     if args.temperature == 0 and args.attempts > 1:
         raise ValueError(
             "--temperature 0 gives the same reply at every one of --attempts: raise the one, or leave out the other"
@@ -425,8 +442,7 @@ def distill(args: Args) -> Distillation:
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    work = distill(tyro.cli(Args, prog="python -m scripts.distill", args=words, description=__doc__, use_underscores=True))
+    work = distill(command_line.read(Args, "python -m scripts.distill", sys.argv[1:]))
     if missing := len(work.examples) - work.done:
         console.warn(f"{missing:,} rows are not done: start the same command again; nothing answered is asked twice")
         raise SystemExit(128 + work.signal if work.signal else 1)

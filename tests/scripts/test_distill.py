@@ -82,7 +82,10 @@ class BadServer:
             def log_message(self, *_):
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Http(ThreadingHTTPServer):
+            request_queue_size = 128  # of 5, connections break where many come at once
+
+        self._http = Http(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -199,6 +202,19 @@ def test_kept_rows_are_what_supervised_training_reads(ask, tmp_path):
     asked = {row: request for _, row, _, request in server.log}
     assert asked[2] == {"model": "teacher", "messages": prompt.messages(before[2])}
     assert server.keys == {f"Bearer {KEY}"}
+
+
+def test_rows_where_calling_nothing_is_right_survive(tmp_path, monkeypatch):
+    """As `data.build --no_call` writes them, without answers but with "no_call"."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    row = {"id": "row 0", "query": "task 0: thanks!", "tools": TOOLS, "answers": [], "no_call": True}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    thought = prompt.reply([], "Nothing is to be called.")
+    with BadServer(lambda row, nth: ("say", {"content": thought})) as server:
+        distill.distill(Args(Data(str(tmp_path / "rows.jsonl")), tmp_path / "out.jsonl", server.url, "teacher"))
+    before, after = jsonl.load(tmp_path / "rows.jsonl"), jsonl.load(tmp_path / "out.jsonl")
+    assert not after.dropped and [e.id for e in after.examples] == [e.id for e in before.examples]
+    assert prompt.target(after.examples[0]) == thought and after.examples[0].extra["row_id"] == "row 0"
 
 
 def test_template_temperature_and_body_reach_the_server(ask, tmp_path):
@@ -535,6 +551,19 @@ def test_the_journal_refuses_other_questions_and_damage_and_forgives_half_a_line
         assert len(server.log) == 7
 
 
+def test_a_journal_without_answers_takes_other_settings(ask):
+    """So a command that was wrong can be mended."""
+    wrong = True
+    with BadServer(lambda row, nth: ("status", 404, b"no such model") if wrong else ("good",)) as server:
+        with pytest.raises(ValueError, match="check --url"):
+            ask(server, 3, body='{"top_p": 2}')
+        wrong = False
+        ask(server, 3)
+        assert kept(ask.out) == [0, 1, 2] and "top_p" not in ask.journal.read_text()
+        ask(server, 3)
+    assert len(ask.journal.read_text().splitlines()) == 4
+
+
 def test_one_process_a_journal(tmp_path):
     first = distill.Journal(tmp_path / "j", {})
     with pytest.raises(ValueError, match="another process is writing it"):
@@ -558,8 +587,13 @@ def test_help_names_the_command_that_works_without_an_install(monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["distill.py", "--help"])
     with pytest.raises(SystemExit):
         distill.main()
-    assert capsys.readouterr().out.startswith("usage: python -m scripts.distill ")
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: python -m scripts.distill ")
     assert "    python -m scripts.distill --data.path" in distill.__doc__
+    texts = ("\nAsks a stronger model", "\npython -m scripts.distill --data.path", "--out PATH")
+    places = [shown.index(text) for text in texts]
+    assert places == sorted(places)
+    assert "Journal" not in shown and "verdict" not in shown
 
 
 def test_command_lines_that_cannot_be_meant(ask, monkeypatch):
@@ -568,6 +602,10 @@ def test_command_lines_that_cannot_be_meant(ask, monkeypatch):
         (dict(attempts=0), "--attempts 0: give a number from 1 on"),
         (dict(retries=-1), "--retries -1: give a number from 0 on"),
         (dict(timeout=float("nan")), "--timeout nan: give a number of seconds above 0"),
+        (dict(limit=0), "--limit 0: give a number from 1 on"),
+        (dict(temperature=-1.0), "--temperature -1.0: give a number from 0 on"),
+        (dict(price_in=-3.0, price_out=1.0), "--price_in -3.0: give dollars for a million tokens, from 0 on"),
+        (dict(price_in=3.0), "--price_out is missing: the cost needs both prices"),
         (dict(attempts=2, temperature=0.0), "--temperature 0 gives the same reply"),
         (dict(body="[1]"), "--body: give a JSON object"),
         (dict(body='{"model": "other"}'), "--body: give a JSON object, without model"),
