@@ -1,7 +1,7 @@
 """`python -m data.build`: public sets of tool calls, or files like theirs, to one folder of rows to train on.
 
     row of ToolACE --toolace.examples_of--> Examples or reasons --`_kept`--> Examples --jsonl.row_of--> part-00000.jsonl, ...
-    row of xLAM    --jsonl.example_of-----> Example or reason                                          manifest.json
+    row of xLAM    --jsonl.example_of-----> Example or reason                                          test/, manifest.json
 
 Rows stream from input to output; only the ids of what was kept are held. What is drawn for a row (its masking, ...) is a
 function of the seed and of the row's content, not of its place, so that adding rows changes no other row. The folder is
@@ -27,14 +27,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from data import augment, jsonl, overlap, toolace
+from data import augment, command_line, jsonl, overlap, toolace
 from data.example import Example
 
+TEST = "test"  # the folder in `out`
 IN_BENCHMARK = "in_benchmark"  # a user says the same in a file of --benchmarks
 SINGLE_TURN, MULTI_TURN = "single-turn", "multi-turn"  # whether the assistant speaks once in a row, or more often
 ROWS_PER_FILE = 10_000
@@ -78,10 +78,14 @@ class Build:
     benchmarks: tuple[str, ...] = ()
     """Files and folders of benchmarks (the data/ of bfcl-eval, API-Bank, ACEBench): a row that asks what one of them asks is
     dropped, and counted. Name all that you will evaluate on."""
+    test: float = 0.0
+    """Share of the rows that go to OUT/test instead, which training on OUT does not read: for eval.run --data.path OUT/test, or
+    eval.study --test OUT/test. 0.02 of 50 000 is plenty. They stay as they are, whatever --irrelevance and --masking are; rows
+    that begin with the same question, like the turns of a conversation, are on one side."""
     limit: int | None = None
     """Stop after so many rows kept of each source, for a quick look."""
     seed: int = 0
-    """Of what is drawn for --irrelevance and --masking."""
+    """Of what is drawn for --irrelevance, --masking and --test."""
 
 
 @dataclass
@@ -109,6 +113,7 @@ class Shards:
     def write(self, row: dict[str, Any]) -> None:
         if not self.written or self.written[-1]["rows"] == ROWS_PER_FILE:
             self.close()
+            self.folder.mkdir(exist_ok=True)
             name = f"part-{len(self.written):05d}.jsonl"
             self.file, self.digest = (self.folder / name).open("wb"), hashlib.sha256()
             self.written.append({"file": name, "rows": 0, "sha256": ""})
@@ -143,17 +148,19 @@ def build(settings: Build, console: Console | None = None) -> dict[str, Any]:
         benchmarks = overlap.read(settings.benchmarks)
         partial.mkdir()
         try:
-            shards = _write(partial, sources, settings, benchmarks, console)
-            manifest = _manifest(settings, sources, benchmarks, shards)
+            shards, test = _write(partial, sources, settings, benchmarks, console)
+            manifest = _manifest(settings, sources, benchmarks, shards, test)
             text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
             (partial / jsonl.MANIFEST).write_text(text, encoding="utf-8")
             _move(partial, out, old)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    _show(console, sources)
+    _show(console, sources, benchmarks)
     where = f"--data.path {settings.out}" + " (in place of the earlier build)" * replaces
-    files = f"{len(manifest['shards']):,} file" + "s" * (len(manifest["shards"]) > 1)
-    console.print(f"{manifest['examples']:,} rows in {files}: {where}", soft_wrap=True)
+    rows, files = _plural(manifest["examples"], "row"), _plural(len(shards), "file")
+    console.print(f"{rows} in {files}: {where}", soft_wrap=True)
+    if test:
+        console.print(f"{_plural(_rows(test), 'row')} to test on: {settings.out}/{TEST}", soft_wrap=True)
     return manifest
 
 
@@ -162,6 +169,8 @@ def _sources(settings: Build) -> list[Source]:
     for option in ("irrelevance", "masking"):
         if not 0 <= getattr(settings, option) <= 1:
             raise ValueError(f"--{option} {getattr(settings, option)}: give a share from 0 to 1")
+    if not 0 <= settings.test < 1:
+        raise ValueError(f"--test {settings.test}: give a share from 0 to below 1")
     if settings.masking and not settings.xlam:
         raise ValueError("--masking is for rows of xLAM: give --xlam, or leave it out")
     if settings.limit is not None and settings.limit < 1:
@@ -178,23 +187,50 @@ def _sources(settings: Build) -> list[Source]:
 
 def _write(
     folder: Path, sources: list[Source], settings: Build, benchmarks: overlap.Benchmarks, console: Console
-) -> list[dict[str, Any]]:
-    """Writes the rows that are kept, counts in `sources`, and returns what was written, file by file."""
-    shards, seen = Shards(folder), set()
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Writes the rows that are kept, counts in `sources`, and returns what was written, file by file: to train, to test."""
+    shards, test, seen = Shards(folder), Shards(folder / TEST), set()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
     with (
         contextlib.closing(shards),
+        contextlib.closing(test),
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
     ):
         for source in sources:
             rows = bar.track(_outcomes(source, settings.no_call), description=source.name)
-            for example in _kept(rows, source, settings, benchmarks, seen):
-                shards.write(jsonl.row_of(example))
+            for example, to_test in _kept(rows, source, settings, benchmarks, seen):
+                (test if to_test else shards).write(jsonl.row_of(example))
+            other = None if source.kept else _other_door(source)
+            if other:
+                raise ValueError(f"--{source.name}: no row is kept ({_counts(source.dropped)}): {other}")
     if not seen:
         dropped = sum((source.dropped for source in sources), Counter())
-        counts = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common()) or "there are none"
-        raise ValueError(f"no row is kept ({counts}): give other data")
-    return shards.written
+        raise ValueError(f"no row is kept ({_counts(dropped)}): give other data")
+    if not shards.written or (settings.test and not test.written):
+        left = "train" if test.written else "test"
+        raise ValueError(f"--test {settings.test} of {_plural(len(seen), 'row')} leaves none to {left} on: give another share")
+    return shards.written, test.written
+
+
+def _counts(dropped: Counter[str]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in dropped.most_common()) or "there are none"
+
+
+def _other_door(source: Source) -> str | None:
+    """What to do where the rows look like those of the other set."""
+    row, _ = next(jsonl.rows(source.path), (None, ""))
+    keys = row.keys() if isinstance(row, dict) else set()
+    if source.name == "toolace" and "answers" in keys and "conversations" not in keys:
+        return "these look like xLAM's rows: give --xlam"
+    if source.name == "xlam" and "conversations" in keys and "answers" not in keys:
+        return "these look like ToolACE's conversations: give --toolace"
+    return None
+
+
+def _is_test(example: Example, settings: Build) -> bool:
+    """Drawn from the first question, so that no turn of a conversation is the context of one on the other side."""
+    question = next((turn["content"] for turn in example.messages if turn["role"] == "user"), "")
+    return random.Random(f"{settings.seed} test {overlap.normalized(question)}").random() < settings.test
 
 
 def _outcomes(source: Source, no_call: bool) -> Iterator[list[Example | str]]:
@@ -214,8 +250,8 @@ def _outcomes(source: Source, no_call: bool) -> Iterator[list[Example | str]]:
 
 def _kept(
     rows: Iterable[list[Example | str]], source: Source, settings: Build, benchmarks: overlap.Benchmarks, seen: set[str]
-) -> Iterator[Example]:
-    """The examples to write, changed where that is drawn; counts everything in `source`, and their ids in `seen`."""
+) -> Iterator[tuple[Example, bool]]:
+    """The examples to write, changed where that is drawn, each with whether it is one to test on; counts everything in `source`, and their ids in `seen`."""
     for outcomes in rows:
         kind = _kind(outcomes)
         source.rows[kind] += 1
@@ -226,14 +262,15 @@ def _kept(
                 source.in_files.update(files)
                 source.dropped[IN_BENCHMARK if files else outcome] += 1
                 continue
-            example, made = _changed(outcome, source, settings)
+            to_test = _is_test(outcome, settings)
+            example, made = (outcome, [TEST]) if to_test else _changed(outcome, source, settings)
             if example.id in seen:
                 source.dropped[jsonl.DUPLICATE] += 1
                 continue
             seen.add(example.id)
             source.made.update(made)
             source.kept[kind] += 1
-            yield example
+            yield example, to_test
             if source.kept.total() == settings.limit:
                 return
 
@@ -272,10 +309,16 @@ def _is_build(out: Path, sources: list[Source]) -> bool:
         raise FileExistsError(f"--out {out} is where rows are read from: give another folder")
     try:
         manifest = json.loads((out / jsonl.MANIFEST).read_text(encoding="utf-8"))
-        ours = {jsonl.MANIFEST, *(shard["file"] for shard in manifest["shards"])} if manifest["made_by"] == MADE_BY else set()
+        parts = [*manifest["shards"], *manifest.get(TEST, ())]
+        ours = {jsonl.MANIFEST, *(shard["file"] for shard in parts)} if manifest["made_by"] == MADE_BY else set()
     except (OSError, ValueError, LookupError, TypeError):
         ours = set()
-    if not ({file.name for file in out.iterdir()} if out.is_dir() else {out.name}) <= ours:
+    inside = (
+        {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_symlink() or not file.is_dir()}
+        if out.is_dir()
+        else {out.name}
+    )
+    if not inside <= ours:
         raise FileExistsError(f"--out {out} holds other files than those of an earlier build: give a new or empty folder")
     return True
 
@@ -322,7 +365,11 @@ def _move(folder: Path, out: Path, old: Path) -> None:
 
 
 def _manifest(
-    settings: Build, sources: list[Source], benchmarks: overlap.Benchmarks, shards: list[dict[str, Any]]
+    settings: Build,
+    sources: list[Source],
+    benchmarks: overlap.Benchmarks,
+    shards: list[dict[str, Any]],
+    test: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """What was built from what, as plain JSON. Nothing of it depends on when or where."""
     in_files = sum((source.in_files for source in sources), Counter())
@@ -331,22 +378,36 @@ def _manifest(
         "options": {key: value for key, value in dataclasses.asdict(settings).items() if key != "out"},
         "sources": [{**vars(source), "public_set": SETS[source.name]} for source in sources],
         "benchmarks": {file: {"queries": count, "dropped": in_files[file]} for file, count in benchmarks.counts.items()},
-        "examples": sum(shard["rows"] for shard in shards),
+        "examples": _rows(shards),
         "shards": shards,
+        TEST: [{**shard, "file": f"{TEST}/{shard['file']}"} for shard in test],
     }
+
+
+def _rows(shards: list[dict[str, Any]]) -> int:
+    return sum(shard["rows"] for shard in shards)
 
 
 # ---------------------------------------------------------------- what a person sees
 
 
-def _show(console: Console, sources: list[Source]) -> None:
+def _plural(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _show(console: Console, sources: list[Source], benchmarks: overlap.Benchmarks) -> None:
     table = Table("source", "kind", *(Column(name, justify="right") for name in ("rows", "answers", "kept")))
     for source in sources:
         for kind in (kind for kind in (SINGLE_TURN, MULTI_TURN) if source.rows[kind]):
             table.add_row(source.name, kind, *(f"{count[kind]:,}" for count in (source.rows, source.answers, source.kept)))
     console.print(table)
     _show_counts(console, "dropped", sources, [source.dropped for source in sources])
-    _show_counts(console, "in benchmark", sources, [source.in_files for source in sources])
+    if benchmarks.counts:
+        columns = ("queries", *(f"{source.name} dropped" for source in sources))
+        table = Table("benchmark", *(Column(name, justify="right") for name in columns))
+        for file, queries in benchmarks.counts.items():
+            table.add_row(file, f"{queries:,}", *(f"{source.in_files[file]:,}" for source in sources))
+        console.print(table)
     _show_counts(console, "made", sources, [source.made for source in sources])
 
 
@@ -362,7 +423,7 @@ def _show_counts(console: Console, title: str, sources: list[Source], counts: li
 def main() -> None:
     """The command line. An error that a user can mend is one line on stderr and exit code 2."""
     try:
-        build(tyro.cli(Build, prog="python -m data.build", use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,)))
+        build(command_line.read(Build, "python -m data.build", sys.argv[1:]))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -190,7 +190,7 @@ def test_manifest(both, tmp_path, monkeypatch):
         assert shard["sha256"] == build._sha256(file) and file.read_bytes().count(b"\n") == shard["rows"]
     assert manifest["options"] == {
         "toolace": both["toolace"], "xlam": both["xlam"], "no_call": False, "irrelevance": 0.0, "masking": 0.0,
-        "benchmarks": (), "limit": None, "seed": 0,
+        "benchmarks": (), "test": 0.0, "limit": None, "seed": 0,
     }  # fmt: skip
     licences = [(source["public_set"]["hub_id"], source["public_set"]["licence"]) for source in manifest["sources"]]
     assert licences == [("Team-ACE/ToolACE", "Apache-2.0"), ("Salesforce/xlam-function-calling-60k", "CC-BY-4.0")]
@@ -246,6 +246,46 @@ def test_rows_that_ask_what_a_benchmark_asks_are_dropped_and_counted(both, tmp_p
     assert [source["dropped"] for source in manifest["sources"]] == [{IN_BENCHMARK: 1, jsonl.NO_CALL: 60}, {IN_BENCHMARK: 2}]
     left = [example.extra["row_id"] for example in jsonl.load(both["out"]).examples]
     assert left == [f"{n}#1" for n in range(60) if n != 5] + [str(n) for n in range(60) if n not in (3, 7)]
+
+
+def test_benchmarks_without_a_hit_are_shown_with_what_was_compared(both, tmp_path):
+    one = write(tmp_path / "one.jsonl", [{"question": "never asked"}, {"question": "nor this"}])
+    screen = io.StringIO()
+    build.build(Build(**both, benchmarks=(one,)), Console(file=screen, width=200))
+    assert re.search(r"benchmark +. queries . toolace dropped . xlam dropped", screen.getvalue())
+    assert re.search(r"one\.jsonl . +2 . +0 . +0 ", screen.getvalue())
+
+
+def test_rows_to_test_on(both, tmp_path):
+    """Apart from those to train on, unchanged, whole conversations, the same ones whatever else is read."""
+    long = [talk(n, f"Warm in {n}?", CALL, "\t4", "Four.", "News?", "[news()]") for n in range(60)]
+    write(Path(both["toolace"]), long)
+    screen = io.StringIO()
+    manifest = build.build(Build(**both, test=0.25, masking=1.0), Console(file=screen))
+    train, test = jsonl.load(both["out"]).examples, jsonl.load(tmp_path / "out" / "test").examples
+    assert len(train) == manifest["examples"] and len(train) + len(test) == 180 and 25 < len(test) < 65
+    assert manifest["test"] == [
+        {"file": "test/part-00000.jsonl", "rows": len(test), "sha256": build._sha256(tmp_path / "out/test/part-00000.jsonl")}
+    ]
+    assert sum(source["made"]["test"] for source in manifest["sources"]) == len(test)
+    first = [{example.messages[0]["content"] for example in some} for some in (train, test)]
+    assert not first[0] & first[1] and {example.source for example in test} == {"toolace", "xlam"}
+    assert {example.source for example in train} == {"toolace", "xlam-masked"}
+    assert f"{len(test)} rows to test on: {both['out']}/test" in screen.getvalue()
+    silently(xlam=both["xlam"], out=both["out"], test=0.25)  # in place of the earlier one, whose folder is known
+    some = {example.id for example in jsonl.load(tmp_path / "out" / "test").examples}
+    assert some == {example.id for example in test if example.source == "xlam"}
+    silently(xlam=both["xlam"], out=both["out"], test=0.25, seed=1)
+    assert some != {example.id for example in jsonl.load(tmp_path / "out" / "test").examples}
+    (tmp_path / "out" / "test" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="other files than those of an earlier build"):
+        silently(**both)
+
+
+def test_one_row_is_one_row(both, tmp_path):
+    screen = io.StringIO()
+    build.build(Build(xlam=both["xlam"], out=both["out"], limit=1), Console(file=screen))
+    assert screen.getvalue().endswith(f"1 row in 1 file: --data.path {both['out']}\n")
 
 
 def test_limit_is_of_each_source(both):
@@ -339,7 +379,14 @@ def assert_one_line(monkeypatch, capsys, words, line):
         ("--xlam good.jsonl --out out --benchmarks nothing", "--benchmarks nothing: no such file or folder"),
         ("--xlam good.jsonl --out out --benchmarks bad.jsonl", "--benchmarks bad.jsonl: no user's text in it"),
         ("--xlam bad.jsonl --out out", r"bad.jsonl:1: not JSON \("),
-        ("--toolace good.jsonl --out out", r"no row is kept \(messages_do_not_parse 1\): give other data"),
+        ("--toolace good.jsonl --out out", r"no row is kept \(messages_do_not_parse 1\): these look like xLAM's rows: give --xlam"),
+        ("--xlam talks.jsonl --out out", r"no row is kept \(no_query 1\): these look like ToolACE's .*: give --toolace"),
+        ("--xlam good.jsonl --toolace good.jsonl --out out", r"--toolace: no row is kept .*: give --xlam"),
+        ("--xlam empty.jsonl --out out", r"no row is kept \(not_an_object 1\): give other data"),
+        ("--xlam good.jsonl --out out --test 1", "--test 1.0: give a share from 0 to below 1"),
+        ("--xlam good.jsonl --out out --test 0.999999", "--test 0.999999 of 1 row leaves none to train on"),
+        ("--xlam good.jsonl --out out --test 0.000001", "--test 1e-06 of 1 row leaves none to test on"),
+        ("--xlam good.jsonl --out out --maskin 1", "unknown option '--maskin': did you mean '--masking'"),
         ("--xlam good.jsonl --out good.jsonl", "is where rows are read from"),
         ("--xlam good.jsonl --out .", "is where rows are read from"),
         ("--xlam good.jsonl --out full", "holds other files than those of an earlier build: give a new or empty folder"),
@@ -350,6 +397,8 @@ def assert_one_line(monkeypatch, capsys, words, line):
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, words, line):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "good.jsonl", [xlam(0)])
+    write(tmp_path / "talks.jsonl", [talk(0, "How warm?", CALL)])
+    write(tmp_path / "empty.jsonl", [1])
     (tmp_path / "bad.jsonl").write_text("not JSON\n")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
