@@ -313,11 +313,8 @@ def _is_build(out: Path, sources: list[Source]) -> bool:
         ours = {jsonl.MANIFEST, *(shard["file"] for shard in parts)} if manifest["made_by"] == MADE_BY else set()
     except (OSError, ValueError, LookupError, TypeError):
         ours = set()
-    inside = (
-        {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_symlink() or not file.is_dir()}
-        if out.is_dir()
-        else {out.name}
-    )
+    found = [file for file in out.rglob("*") if file.is_symlink() or not file.is_dir()] if out.is_dir() else [out]
+    inside = {file.relative_to(out).as_posix() for file in found}
     if not inside <= ours:
         raise FileExistsError(f"--out {out} holds other files than those of an earlier build: give a new or empty folder")
     return True

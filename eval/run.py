@@ -34,6 +34,7 @@ from grpo_jax.run import cache_compilations, free_memory
 from models.decoder import Params
 
 DEMO_ROWS = 256
+MOST_TOKENS = 4096  # of a response, where neither a run nor the user says how many
 _DEMO_SEED = 1  # runs on the demo's tasks validate on those of seed 0
 TOO_LONG = "prompt_too_long"  # the reason of a task that the model's context has no room for; it counts as wrong
 
@@ -55,20 +56,24 @@ class Args:
     """A Hugging Face folder, a hub id, or the folder of a finished run."""
     data: Data
     out: Path
-    """The folder to write: responses.jsonl (and samples.jsonl) with verdicts, and scores.json."""
+    """The folder to write: responses.jsonl (and samples.jsonl) with verdicts, each as soon as it is whole, and scores.json."""
     limit: int | None = None
     """Rows to answer, at most: of a file's, some by a fixed shuffle; of the demo's, 256 if left out."""
-    max_response_tokens: int = 4096
-    """A response that reaches this length is stopped."""
+    max_response_tokens: int | None = None
+    """A response that reaches this length is stopped, and mostly wrong. Left out: what the run trained with, where --model is
+    one of reinforcement learning; else what the longest prompt leaves of the model's context, at most 4096. Lower it for
+    speed, the same for all models that you compare."""
     samples: int = 0
     """Also draw so many responses to each row. How many of them are right tells how sure a model is, where the greedy ones of
     two models are alike."""
     temperature: float = 0.7
-    """Of those."""
+    """Of --samples. Take that of training (0.7, unless you changed it), to see what it learns from; other temperatures give
+    scores that do not compare."""
     rows: int | None = None
-    """Responses decoded at once. Left out: what the device's memory holds (128 on a CPU)."""
+    """Responses decoded at once. Left out: what the device's memory holds (128 on a CPU). Lower it where memory runs out."""
     tensor: int | None = None
-    """Devices that share one copy of the weights. Left out: as few as hold it."""
+    """Devices that share one copy of the weights, a divisor of this host's. Left out: as few as hold it. Raise it where memory
+    runs out at the least --rows, or to answer few rows sooner."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,11 @@ def open_model(path: str, tensor: int | None = None) -> Model:
     policy = inputs.load_policy(path)
     dtype = inputs.compute_dtype(config.Learner())
     tensor = tensor or mesh.rollout_tensor(policy.model, dtype, jax.local_device_count(), hosts.memory())
-    local = mesh.local(tensor)
-    mesh.shardings(local, policy.model, section="rollout")  # refuses what does not divide
+    try:
+        local = mesh.local(tensor)
+        mesh.shardings(local, policy.model, section="rollout")  # refuses what does not divide
+    except ValueError as error:
+        raise ValueError(str(error).replace("--rollout.tensor", "--tensor")) from None
     free = free_memory(policy.model, dtype, local)
     stored = inputs.load_params(policy, local, None)
     print_of_weights = checkpoint.fingerprint(checkpoint.checksums(stored))
@@ -112,7 +120,7 @@ def respond(
     model: Model,
     examples: Sequence[Example],
     template: str | None = None,
-    max_response_tokens: int = 4096,
+    max_response_tokens: int = MOST_TOKENS,
     *,
     samples: int = 1,
     temperature: float = 0.0,
@@ -124,12 +132,7 @@ def respond(
     `template` is the text of one, as `data.prompt.load_template` returns it. At temperature 0, the default, greedy; above,
     the same ones each time (of seed 0).
     """
-    policy, room = model.policy, model.policy.model.max_positions - max_response_tokens
-    if room < 1:
-        raise ValueError(
-            f"--max_response_tokens {max_response_tokens:,} leaves no room for a prompt: {policy.path} is made for "
-            f"{policy.model.max_positions:,} tokens; lower it"
-        )
+    policy, room = model.policy, room_for_prompt(model.policy, max_response_tokens)
     encoded = [np.array(prompt.encode(example, policy.tokenizer, template), np.int32) for example in examples]
     fit = [i for i, ids in enumerate(encoded) if len(ids) <= room]
     tasks = [Task(examples[i], encoded[i]) for i in fit]
@@ -150,6 +153,27 @@ def respond(
     _, read = batch.score(policy, tasks, groups, lambda responses, example: responses)
     by_place = dict(zip(fit, read, strict=True))
     return [by_place.get(i, []) for i in range(len(examples))]
+
+
+def room_for_prompt(policy: Policy, max_response_tokens: int) -> int:
+    """Tokens of the context that responses leave. Raises ValueError for none."""
+    room = policy.model.max_positions - max_response_tokens
+    if room < 1:
+        raise ValueError(
+            f"--max_response_tokens {max_response_tokens:,} leaves no room for a prompt: {policy.path} is made for "
+            f"{policy.model.max_positions:,} tokens; lower it"
+        )
+    return room
+
+
+def response_tokens(path: str, policy: Policy, examples: Sequence[Example], template: str) -> int:
+    """--max_response_tokens where it is left out. A prompt of more than half the context is no reason to stop all others."""
+    file = Path(path) / "config.json"
+    if (Path(path) / "hf").is_dir() and file.is_file() and (rollout := json.loads(file.read_text()).get("rollout")):
+        return rollout["max_response_tokens"]
+    longest = max(len(prompt.encode(example, policy.tokenizer, template)) for example in examples)
+    context = policy.model.max_positions
+    return min(MOST_TOKENS, max(context - longest, context // 2))
 
 
 def judged(examples: Sequence[Example], responses: Sequence[Sequence[Response]], verdict: Reward) -> list[Answer]:
@@ -204,21 +228,35 @@ def run(args: Args) -> dict[str, Any]:
             raise ValueError(f"--{name} {value}: give a number from 1 on")
     if args.samples < 0 or not args.temperature > 0:
         raise ValueError(f"--samples {args.samples} --temperature {args.temperature}: give a number from 0 on, and one above 0")
+    if args.tensor and jax.local_device_count() % args.tensor:
+        raise ValueError(
+            f"--tensor {args.tensor}: give a number that divides the {jax.local_device_count()} devices of this host"
+        )
+    if args.out.exists() and not args.out.is_dir():
+        raise FileExistsError(f"--out {args.out}: this is a file: give a folder")
     template, loaded = template_of(args), examples_of(args.data.path, args.limit)
     examples = loaded.examples
     if loaded.dropped:
         why = ", ".join(f"{reason} {count:,}" for reason, count in loaded.dropped.items())
         console.warn(f"{sum(loaded.dropped.values()):,} rows of {args.data.path} are not scored, and in no share: {why}")
+    policy = inputs.load_policy(args.model)
+    if args.max_response_tokens is None:
+        args = replace(args, max_response_tokens=response_tokens(args.model, policy, examples, template))
+    room_for_prompt(policy, args.max_response_tokens)
+    args.out.mkdir(parents=True, exist_ok=True)
     model = open_model(args.model, args.tensor)
-    answers = {"responses": _answers(args, model, examples, template, 1, 0.0)}
+    greedy = _answers(args, model, examples, template, 1, 0.0)
+    for name in ("scores.json", "samples.jsonl"):  # of an earlier evaluation: they would not belong to these responses
+        (args.out / name).unlink(missing_ok=True)
+    _write(args.out / "responses.jsonl", greedy)
     if args.samples:
-        answers["samples"] = _answers(args, model, examples, template, args.samples, args.temperature)
-    greedy = answers["responses"]
+        sampled = _answers(args, model, examples, template, args.samples, args.temperature)
+        _write(args.out / "samples.jsonl", sampled)
     if missing := sum(answer.reason == TOO_LONG for answer in greedy):
         console.warn(f"{missing:,} of {len(examples):,} prompts are too long for the model; they count as wrong")
     scores = {"rows": len(examples), "dropped": loaded.dropped, **summarize(greedy)}
     if args.samples:
-        scores["sampled"] = {"samples": args.samples, "temperature": args.temperature, **summarize(answers["samples"])}
+        scores["sampled"] = {"samples": args.samples, "temperature": args.temperature, **summarize(sampled)}
     scores |= {
         "model": args.model,
         "model_fingerprint": model.fingerprint,
@@ -226,10 +264,6 @@ def run(args: Args) -> dict[str, Any]:
         "data_fingerprint": checkpoint.fingerprint([[example.id for example in examples], template]),
         "max_response_tokens": args.max_response_tokens,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, some in answers.items():
-        lines = [json.dumps(vars(answer), ensure_ascii=False) + "\n" for answer in some]
-        report.write(args.out / f"{name}.jsonl", "".join(lines))
     report.write(args.out / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
     console.header(
         f"{args.model} on {len(examples):,} rows of {args.data.path}",
@@ -243,6 +277,10 @@ def run(args: Args) -> dict[str, Any]:
         ],
     )
     return scores
+
+
+def _write(path: Path, answers: Sequence[Answer]) -> None:
+    report.write(path, "".join(json.dumps(vars(answer), ensure_ascii=False) + "\n" for answer in answers))
 
 
 def _answers(

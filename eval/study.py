@@ -252,7 +252,8 @@ def _evaluation(args: Args) -> tuple[str, ...]:
     limit = () if args.limit is None else ("--limit", str(args.limit))
     if args.scale == "demo":
         return (*_DEMO_EVALUATION, *limit)
-    return ("--data.path", args.test, "--samples", "4", *limit)
+    # The same limit for all: left out, it would be another one for models that were trained than for those that were not.
+    return ("--data.path", args.test, "--max_response_tokens", "4096", "--samples", "4", *limit)
 
 
 def _write_rows(path: Path, rows: Sequence[Example], replies: Sequence[str] | None = None) -> None:

@@ -379,7 +379,7 @@ def assert_one_line(monkeypatch, capsys, words, line):
         ("--xlam good.jsonl --out out --benchmarks nothing", "--benchmarks nothing: no such file or folder"),
         ("--xlam good.jsonl --out out --benchmarks bad.jsonl", "--benchmarks bad.jsonl: no user's text in it"),
         ("--xlam bad.jsonl --out out", r"bad.jsonl:1: not JSON \("),
-        ("--toolace good.jsonl --out out", r"no row is kept \(messages_do_not_parse 1\): these look like xLAM's rows: give --xlam"),
+        ("--toolace good.jsonl --out out", r"\(messages_do_not_parse 1\): these look like xLAM's rows: give --xlam"),
         ("--xlam talks.jsonl --out out", r"no row is kept \(no_query 1\): these look like ToolACE's .*: give --toolace"),
         ("--xlam good.jsonl --toolace good.jsonl --out out", r"--toolace: no row is kept .*: give --xlam"),
         ("--xlam empty.jsonl --out out", r"no row is kept \(not_an_object 1\): give other data"),

@@ -150,9 +150,53 @@ def test_what_cannot_be_evaluated_is_one_clear_line(tiny_model, tmp_path):
         with pytest.raises(ValueError, match="give a number from 0 on, and one above 0"):
             run.run(replace(args, **bad))
     with pytest.raises(ValueError, match="leaves no room for a prompt"):
-        run.run(replace(args, limit=1))
+        run.run(replace(args, limit=1, max_response_tokens=1_000_000))
+    with pytest.raises(ValueError, match=r"^--tensor 3: give a number that divides the \d+ devices of this host"):
+        run.run(replace(args, tensor=3))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="this run has not finished"):
         run.run(replace(args, model=str(tmp_path / "run")))
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(FileExistsError, match="out: this is a file: give a folder"):
+        run.run(replace(args, model="no/such/model"))  # which comes later
     assert inputs.model_folder("org/name") == "org/name"
+
+
+def test_a_folder_is_made_before_the_model_loads_and_responses_are_written_before_samples(tiny_model, tmp_path, monkeypatch):
+    args = Args(tiny_model, Data("demo"), tmp_path / "out", limit=2, max_response_tokens=2, samples=1)
+    load, answer, seen = run.open_model, run._answers, []
+
+    def opened(*given):
+        assert args.out.is_dir()
+        return load(*given)
+
+    def answered(*given):
+        seen.append(sorted(file.name for file in args.out.iterdir()))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return answer(*given)
+
+    monkeypatch.setattr(run, "open_model", opened)
+    monkeypatch.setattr(run, "_answers", answered)
+    run.run(args)
+    with pytest.raises(KeyboardInterrupt):  # the old scores are not those of the new responses
+        run.run(args)
+    assert seen == [[], ["responses.jsonl"], ["responses.jsonl", "samples.jsonl", "scores.json"], ["responses.jsonl"]]
+
+
+def test_the_length_of_responses_is_the_runs_or_what_the_context_leaves(tmp_path, model):
+    examples, policy = demo.tasks(5, 0, held_out=True), model.policy
+    longest = max(len(prompt.encode(example, policy.tokenizer, TEMPLATE)) for example in examples)
+
+    def tokens(context, path="a/model"):
+        changed = replace(policy, model=replace(policy.model, max_positions=context))
+        return run.response_tokens(str(path), changed, examples, TEMPLATE)
+
+    assert tokens(100_000) == run.MOST_TOKENS and tokens(longest + 4000) == 4000
+    assert tokens(longest + 10) == (longest + 10) // 2
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"rollout": {"max_response_tokens": 123}}))
+    assert tokens(100_000, tmp_path) == 123
+    (tmp_path / "config.json").write_text(json.dumps({"batch": {"max_tokens": 7}}))  # a supervised run's
+    assert tokens(100_000, tmp_path) == run.MOST_TOKENS
