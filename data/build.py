@@ -251,7 +251,10 @@ def _outcomes(source: Source, no_call: bool) -> Iterator[list[Example | str]]:
 def _kept(
     rows: Iterable[list[Example | str]], source: Source, settings: Build, benchmarks: overlap.Benchmarks, seen: set[str]
 ) -> Iterator[tuple[Example, bool]]:
-    """The examples to write, changed where that is drawn, each with whether it is one to test on; counts everything in `source`, and their ids in `seen`."""
+    """The examples to write, changed where that is drawn, each with whether it is one to test on.
+
+    Counts everything in `source`, and their ids in `seen`.
+    """
     for outcomes in rows:
         kind = _kind(outcomes)
         source.rows[kind] += 1

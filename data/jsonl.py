@@ -287,10 +287,15 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file}: not a whole parquet file ({str(error).splitlines()[0]}): copy it again") from error
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether it has the form of one; it may be the path of a missing folder, too."""
+    return _HUB_ID.fullmatch(name) is not None and not name.endswith(SUFFIXES)
+
+
 def _hub_rows(name: str) -> Iterator[tuple[Any, str]]:
     """The train split of a data set on the hub."""
     may_be = f"a file ({', '.join(SUFFIXES)}), a folder of such files, or a hub id org/name"
-    if not _HUB_ID.fullmatch(name) or name.endswith(SUFFIXES):
+    if not is_hub_id(name):
         raise FileNotFoundError(f"{name}: no such file or folder: give {may_be}")
     import datasets  # here: slow to import, and files need none of it
 

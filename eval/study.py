@@ -57,7 +57,8 @@ class Args:
     scale: Literal["demo", "paper"] = "paper"
     """demo: the tiny model and the tasks that come with the program, in under an hour on two CPU cores."""
     seeds: int = 3
-    """Runs of each row, with the seeds 0, 1, ..."""
+    """Runs of each row, with the seeds 0, 1, ... The table has their mean and spread. 1 for a first look; 3 or more before you
+    believe a difference between rows. Raise it later with the same --out: what has run is kept."""
     data: str = ""
     """Rows to train on by reinforcement, as `data.build` writes them: for `data`, both sources together."""
     toolace: str = ""
@@ -69,7 +70,8 @@ class Args:
     test: str = ""
     """Rows that no run trains on: what the finished models are scored on."""
     limit: int | None = None
-    """Of these, at most so many."""
+    """Of these (or of the demo's 256), at most so many, the same ones for all models: for a first look, or where scoring takes
+    long. A share of n rows is known to about ± 1 / sqrt(n)."""
     model: str = ""
     """The model to begin from, where it is not the paper's (or, at demo scale, the demo's)."""
     sft: str = ""
@@ -77,7 +79,7 @@ class Args:
     train: str = ""
     """Further options for every run of reinforcement learning, likewise: --train="--run.steps 50"."""
     dry_run: bool = False
-    """Print the commands, and run nothing."""
+    """Print the commands, and run and write nothing. Take it to look at them, or to give them to a launcher of your own."""
 
 
 @dataclass(frozen=True)
@@ -314,12 +316,21 @@ def jobs(args: Args, study: Study) -> list[Job]:
 
 
 def check(args: Args) -> None:
-    """Refuses, before anything runs, what a study lacks."""
+    """Refuses, before anything runs, what a study lacks or does not read."""
     if args.seeds < 1 or (args.limit is not None and args.limit < 1):
         raise ValueError("--seeds and --limit: give numbers from 1 on")
+    for name in ("sft", "train"):
+        try:
+            shlex.split(getattr(args, name))
+        except ValueError as error:  # a quote or an escape that does not end
+            raise ValueError(f"--{name}: {str(error).lower()} in {getattr(args, name)!r}: mend the quotes") from None
+    reads = () if args.scale == "demo" else (*NEEDS[args.study], "test")
+    rows = ("data", "toolace", "xlam", "reasoning", "test")
+    unread = [f"--{name}" for name in rows if getattr(args, name) and name not in reads]
+    if unread:
+        raise ValueError(f"study {args.study} at {args.scale} scale does not read {', '.join(unread)}: leave that out")
     if args.scale == "demo":
         return
-    needed = (*NEEDS[args.study], "test")
     what = {
         "reasoning": "rows with a stronger model's reasoning (python -m scripts.distill makes them)",
         "test": "rows to score the models on, that no run trains on",
@@ -327,14 +338,33 @@ def check(args: Args) -> None:
         "toolace": "ToolACE's rows (python -m data.build --toolace)",
         "xlam": "xLAM's rows (python -m data.build --xlam)",
     }
-    if missing := [name for name in needed if not getattr(args, name)]:
+    if missing := [name for name in reads if not getattr(args, name)]:
         lacks = "; ".join(f"--{name}: {what[name]}" for name in missing)
         without = "" if args.study == "sizes" else ". --scale demo, which is not the default, needs none of it"
         raise ValueError(f"study {args.study} at paper scale lacks {lacks}{without}")
-    if gone := [getattr(args, name) for name in needed if not Path(getattr(args, name)).exists()]:
-        raise FileNotFoundError(f"{', '.join(gone)}: no such file or folder")
+    paths = [getattr(args, name) for name in reads]
+    if gone := [path for path in paths if not Path(path).exists() and not jsonl.is_hub_id(path)]:
+        raise FileNotFoundError(f"{', '.join(gone)}: no such file or folder, nor a hub id")
     if args.model and args.study == "sizes":
         raise ValueError("--model: study sizes takes its models from the presets")
+
+
+def check_commands(args: Args, grid: Sequence[Job]) -> None:
+    """Refuses what is wrong in --sft and --train, as the programs would."""
+    if args.sft and all(job.row.program != SFT for job in grid):
+        raise ValueError(f"--sft: study {args.study} at {args.scale} scale has no supervised run: leave it out")
+    for job in grid:
+        if job.train:
+            option, words = ("--sft", args.sft) if job.row.program == SFT else ("--train", args.train)
+            if {"-h", "--help"} & set(shlex.split(words)):
+                raise ValueError(f"{option}: for help, ask the program itself: python -m {job.row.program} --help")
+            try:
+                cfg = parsed(job.train)
+                config.check_numbers(cfg)
+            except ValueError as error:
+                raise ValueError(f"{option}: {error}" if words else str(error)) from None
+            if (cfg.run.dir, cfg.run.seed) != (str(job.folder), job.seed):
+                raise ValueError(f"{option}: --run.dir and --run.seed are the study's own: leave them out")
 
 
 # ---------------------------------------------------------------- running them
@@ -500,14 +530,16 @@ def run(args: Args) -> int:
     check(args)
     study = GRIDS[args.study](args)
     grid = jobs(args, study)
-    for job in grid[: len(study.rows)]:  # those of the first seed; so nothing runs where --sft or --train are wrong
-        if job.train:
-            parsed(job.train)
+    check_commands(args, grid)
     if args.dry_run:
         for job in grid:
             for one in (job.train, job.evaluate):
                 if one:
                     console.CONSOLE.print(shlex.join(["python", *one]), soft_wrap=True)
+        made = [word for job in grid for word in job.train or () if word.startswith(f"{args.out}/") and word.endswith(".jsonl")]
+        if missing := [path for path in dict.fromkeys(made) if not Path(path).exists()]:
+            # Not among the commands, which a shell may read.
+            print(f"not written in a dry run; the study does at its start: {', '.join(missing)}", file=sys.stderr)
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     study.files(args.out)

@@ -146,16 +146,44 @@ def test_what_the_papers_scale_lacks_is_said_before_anything_runs(tmp_path):
     assert "--data" in said("rewards", test="t") and "--test" not in said("rewards", test="t")
     assert all(f"--{name}:" in said("data") for name in ("toolace", "xlam", "data", "test"))
     here = str(tmp_path)
-    assert "no/rows: no such file or folder" in said("rewards", data=here, test="no/rows")
+    assert "no/such/rows: no such file or folder" in said("rewards", data=here, test="no/such/rows")
     assert "--model" in said("sizes", data=here, test=here, model="mine")
     assert "from 1 on" in said("recipes", scale="demo", seeds=0)
     assert "--scale demo, which is not the default, needs none of it" in said("data")
     assert "unknown option '--run.stepz'" in said("recipes", scale="demo", train="--run.stepz 1")
 
 
+def test_what_a_study_does_not_read_or_cannot_be_meant_is_said_before_anything_runs(tmp_path):
+    def said(name, **more):
+        for dry_run in (False, True):
+            with pytest.raises(ValueError) as error:
+                study.run(Args(name, tmp_path / "out", **{"scale": "demo", "dry_run": dry_run, **more}))
+            assert not (tmp_path / "out").exists() and "\n" not in str(error.value)
+        return str(error.value)
+
+    assert said("recipes", train="--run.step 3") == "--train: unknown option '--run.step': did you mean '--run.steps'?"
+    assert said("recipes", sft="--run.steps 0").startswith("--sft: --run.steps 0: give a number from 1 on")
+    assert "--train: for help, ask the program itself: python -m grpo_jax.train" in said("recipes", train="--help")
+    assert said("recipes", train="--model.path 'my") == '--train: no closing quotation in "--model.path \'my": mend the quotes'
+    for more in ({"train": "--run.dir x"}, {"sft": "--run.seed 7"}):
+        assert "--run.dir and --run.seed are the study's own: leave them out" in said("recipes", **more)
+    assert said("rewards", data="d", test="t").startswith("study rewards at demo scale does not read --data, --test")
+    paper = dict(scale="paper", data="org/rows", test="org/test")
+    assert "does not read --xlam, --reasoning" in said("rewards", xlam="x", reasoning="r", **paper)
+    assert "--sft: study rewards at paper scale has no supervised run" in said("rewards", sft="--run.steps 3", **paper)
+
+
+def test_rows_of_the_hub_will_do(tmp_path, capsys):
+    assert study.run(Args("rewards", tmp_path / "out", data="org/rows", test="org/test", dry_run=True)) == 0
+    assert "--data.path org/rows" in capsys.readouterr().out
+
+
 def test_a_dry_run_prints_the_commands_and_does_nothing(tmp_path, capsys):
     assert study.run(Args("rewards", tmp_path / "out", "demo", seeds=1, dry_run=True)) == 0
-    lines = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    path = tmp_path / "out" / "half_thinking.jsonl"
+    assert shown.err == f"not written in a dry run; the study does at its start: {path}\n"
     assert len(lines) == 10 and all(shlex.split(line)[:2] == ["python", "-m"] for line in lines)
     assert not (tmp_path / "out").exists()
 
