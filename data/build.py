@@ -32,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from data import augment, command_line, jsonl, overlap, toolace
+from data.command_line import plural
 from data.example import Example
 
 TEST = "test"  # the folder in `out`
@@ -157,10 +158,10 @@ def build(settings: Build, console: Console | None = None) -> dict[str, Any]:
             shutil.rmtree(partial, ignore_errors=True)
     _show(console, sources, benchmarks)
     where = f"--data.path {settings.out}" + " (in place of the earlier build)" * replaces
-    rows, files = _plural(manifest["examples"], "row"), _plural(len(shards), "file")
+    rows, files = plural(manifest["examples"], "row"), plural(len(shards), "file")
     console.print(f"{rows} in {files}: {where}", soft_wrap=True)
     if test:
-        console.print(f"{_plural(_rows(test), 'row')} to test on: {settings.out}/{TEST}", soft_wrap=True)
+        console.print(f"{plural(_rows(test), 'row')} to test on: {settings.out}/{TEST}", soft_wrap=True)
     return manifest
 
 
@@ -208,7 +209,7 @@ def _write(
         raise ValueError(f"no row is kept ({_counts(dropped)}): give other data")
     if not shards.written or (settings.test and not test.written):
         left = "train" if test.written else "test"
-        raise ValueError(f"--test {settings.test} of {_plural(len(seen), 'row')} leaves none to {left} on: give another share")
+        raise ValueError(f"--test {settings.test} of {plural(len(seen), 'row')} leaves none to {left} on: give another share")
     return shards.written, test.written
 
 
@@ -389,10 +390,6 @@ def _rows(shards: list[dict[str, Any]]) -> int:
 
 
 # ---------------------------------------------------------------- what a person sees
-
-
-def _plural(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _show(console: Console, sources: list[Source], benchmarks: overlap.Benchmarks) -> None:

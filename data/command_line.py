@@ -1,4 +1,4 @@
-"""The options of a program from its command line; what is wrong with them is told in one line."""
+"""The options of a program from its command line; what is wrong with them is told in one line. And counts, as words."""
 
 import contextlib
 import dataclasses
@@ -40,6 +40,11 @@ def read(
         if stop.code in (0, None):
             raise
         raise ValueError(_one_line(shown.getvalue())) from None
+
+
+def plural(count: int, what: str) -> str:
+    """ "1 row", "2,000 rows"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

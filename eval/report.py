@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.command_line import plural
 from grpo_jax import metrics
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ def table(study: Study, asked: str, outcomes: Outcomes, commands: Sequence[str])
     """study.md: the table, why responses were wrong, what failed, and the `commands` of the first seed."""
     scores = {row.name: [o.scores for o in _of(outcomes, row.name) if o.scores] for row in study.rows}
     tests = sorted({(s["rows"], sum(s["dropped"].values())) for found in scores.values() for s in found})
-    test = " or ".join(f"{rows:,} rows" + (f" ({dropped:,} more were unusable)" if dropped else "") for rows, dropped in tests)
+    test = " or ".join(
+        plural(rows, "row") + (f" ({dropped:,} more were unusable)" if dropped else "") for rows, dropped in tests
+    )
     lines = [
         f"# {study.title}",
         "",

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from rich import progress
 
 from data import command_line, demo, jsonl, prompt
+from data.command_line import plural
 from data.example import Example
 from eval import report
 from grpo_jax import batch, checkpoint, config, console, hosts, inputs, mesh, reward, rollout
@@ -230,7 +231,7 @@ def run(args: Args) -> dict[str, Any]:
         raise ValueError(f"--samples {args.samples} --temperature {args.temperature}: give a number from 0 on, and one above 0")
     if args.tensor and jax.local_device_count() % args.tensor:
         raise ValueError(
-            f"--tensor {args.tensor}: give a number that divides the {jax.local_device_count()} devices of this host"
+            f"--tensor {args.tensor}: give a number that divides the {plural(jax.local_device_count(), 'device')} of this host"
         )
     if args.out.exists() and not args.out.is_dir():
         raise FileExistsError(f"--out {args.out}: this is a file: give a folder")
@@ -238,7 +239,8 @@ def run(args: Args) -> dict[str, Any]:
     examples = loaded.examples
     if loaded.dropped:
         why = ", ".join(f"{reason} {count:,}" for reason, count in loaded.dropped.items())
-        console.warn(f"{sum(loaded.dropped.values()):,} rows of {args.data.path} are not scored, and in no share: {why}")
+        one, count = sum(loaded.dropped.values()) == 1, plural(sum(loaded.dropped.values()), "row")
+        console.warn(f"{count} of {args.data.path} {'is' if one else 'are'} not scored, and in no share: {why}")
     policy = inputs.load_policy(args.model)
     if args.max_response_tokens is None:
         args = replace(args, max_response_tokens=response_tokens(args.model, policy, examples, template))
@@ -253,7 +255,7 @@ def run(args: Args) -> dict[str, Any]:
         sampled = _answers(args, model, examples, template, args.samples, args.temperature)
         _write(args.out / "samples.jsonl", sampled)
     if missing := sum(answer.reason == TOO_LONG for answer in greedy):
-        console.warn(f"{missing:,} of {len(examples):,} prompts are too long for the model; they count as wrong")
+        console.warn(f"too long for the model, and counted as wrong: {missing:,} of {plural(len(examples), 'prompt')}")
     scores = {"rows": len(examples), "dropped": loaded.dropped, **summarize(greedy)}
     if args.samples:
         scores["sampled"] = {"samples": args.samples, "temperature": args.temperature, **summarize(sampled)}
@@ -266,7 +268,7 @@ def run(args: Args) -> dict[str, Any]:
     }
     report.write(args.out / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
     console.header(
-        f"{args.model} on {len(examples):,} rows of {args.data.path}",
+        f"{args.model} on {plural(len(examples), 'row')} of {args.data.path}",
         [
             ("accuracy", f"{scores['accuracy']:.1%}"),
             ("right calls", f"{scores['calls']:.1%}"),

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from data.command_line import plural
 from grpo_jax import checkpoint, config, console, hosts, inputs, learner
 from grpo_jax.config import SftConfig
 from grpo_jax.console import Progress
@@ -59,7 +60,7 @@ def sft(cfg: SftConfig) -> None:
             ("data", tasks.summary()),
             ("replies", replies(cfg, tasks)),
             ("learned", inputs.learned(policy.model, objective.lora)),
-            ("run", f"{steps:,} steps of {cfg.batch.rows_per_step:,} rows, in {cfg.run.dir}"),
+            ("run", f"{plural(steps, 'step')} of {plural(cfg.batch.rows_per_step, 'row')}, in {cfg.run.dir}"),
             ("devices", inputs.devices(ready.mesh, cfg.learner, policy.model)),
         ],
     )

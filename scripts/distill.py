@@ -36,6 +36,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data import command_line, jsonl, prompt
+from data.command_line import plural
 from data.example import Example
 from grpo_jax import console, reward
 from grpo_jax.config import run_main
@@ -247,7 +248,7 @@ class Distillation:
                 task.cancel()
         elif count := self.server.under_way:
             name = signal.Signals(number).name
-            console.warn(f"{name}: waiting for {count:,} answers under way; a second signal ends at once")
+            console.warn(f"{name}: waiting for {plural(count, 'answer')} under way; a second signal ends at once")
         self.signal = number
         self.server.stop.set()
 
@@ -331,14 +332,18 @@ class Distillation:
         rows = [("rows", f"{len(self.kept):,} of {len(self.examples):,} kept, in {self.args.out}")]
         rows += [("tokens", f"{self.tokens_in:,} in, {self.tokens_out:,} out")]
         rows += [("cost", f"${self.dollars():,.2f} at the prices given")] if self.dollars() is not None else []
-        rows += [("this run", f"{self.server.answered:,} replies in {seconds:,.1f} s, {self.server.answered / seconds:,.1f}/s")]
-        rows += [("unanswered", f"{count:,} rows: {text}") for text, count in self.left.most_common(5)]
+        rows += [("this run", f"{_replies(self.server.answered)} in {seconds:,.1f} s, {self.server.answered / seconds:,.1f}/s")]
+        rows += [("unanswered", f"{plural(count, 'row')}: {text}") for text, count in self.left.most_common(5)]
         console.header("distilled", rows)
         if replies:
             known = [*reward.REASONS, TRUNCATED, REFUSED]
             counts = sorted(self.verdicts.items(), key=lambda item: (item[0] != "correct", known.index(item[0])))
             shown = [(reason, f"{count:>9,}  {count / replies:6.1%}") for reason, count in counts]
             console.header(f"replies: {replies:,}", shown)
+
+
+def _replies(count: int) -> str:
+    return "1 reply" if count == 1 else f"{count:,} replies"
 
 
 def _short(number: int) -> str:
@@ -428,8 +433,8 @@ def distill(args: Args) -> Distillation:
             f"distill: {args.model}",
             [
                 ("rows", f"{len(loaded.examples):,}" + (f"; dropped: {dropped}" if dropped else "")),
-                ("done before", f"{work.done:,} rows, {work.verdicts.total():,} replies, in {path}"),
-                ("server", f"{args.url}, {'with' if key else 'without'} a key, {args.concurrency:,} requests at once"),
+                ("done before", f"{plural(work.done, 'row')}, {_replies(work.verdicts.total())}, in {path}"),
+                ("server", f"{args.url}, {'with' if key else 'without'} a key, {plural(args.concurrency, 'request')} at once"),
             ],
         )
         asyncio.run(work.run())
@@ -444,7 +449,8 @@ def distill(args: Args) -> Distillation:
 def main() -> None:
     work = distill(command_line.read(Args, "python -m scripts.distill", sys.argv[1:]))
     if missing := len(work.examples) - work.done:
-        console.warn(f"{missing:,} rows are not done: start the same command again; nothing answered is asked twice")
+        rows = f"{plural(missing, 'row')} {'is' if missing == 1 else 'are'} not done"
+        console.warn(f"{rows}: start the same command again; nothing answered is asked twice")
         raise SystemExit(128 + work.signal if work.signal else 1)
 
 

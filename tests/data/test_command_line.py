@@ -51,6 +51,10 @@ def test_what_is_wrong_is_one_line(words, says, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_counts_are_words():
+    assert [command_line.plural(n, "row") for n in (0, 1, 2, 3000)] == ["0 rows", "1 row", "2 rows", "3,000 rows"]
+
+
 def test_help_is_printed(capsys):
     with pytest.raises(SystemExit) as stop:
         command_line.read(Args, "program", ["--help"])
