@@ -296,7 +296,7 @@ def _alone(lock: Path, out: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            lock.unlink()
+            lock.unlink(missing_ok=True)
 
 
 def _clean_up(out: Path, partial: Path, old: Path) -> bool:

@@ -1,6 +1,6 @@
 """Asks a stronger model to think about rows whose right calls are known, and keeps the replies that make these calls.
 
-    python scripts/distill.py --data.path calls.jsonl --out reasoning.jsonl --url https://api.openai.com/v1 --model NAME
+    python -m scripts.distill --data.path calls.jsonl --out reasoning.jsonl --url https://api.openai.com/v1 --model NAME
     python -m grpo_jax.sft reason --data.path reasoning.jsonl ...
 
     rows -> `Distillation.work`, --concurrency at once -> completions.Server.ask -> `Journal`: every answer, on disk before
@@ -23,6 +23,7 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -43,9 +44,7 @@ from scripts import completions
 from scripts.completions import Answer, Failure, Server
 
 TRUNCATED, REFUSED = "truncated", "refused"  # verdicts beside reward.REASONS: cut at a length limit; a filter's, or a refusal
-IN_A_ROW = (
-    10  # rows left without an answer, with no answer in between, before the program gives up: the first rows may be bad ones
-)
+IN_A_ROW = 10  # rows left without an answer, with no answer in between, before the program gives up
 LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 
 
@@ -198,6 +197,7 @@ class Distillation:
                 self._count(example, answer)
             self.done += self._is_done(example)
         self._request = request_fields(args)
+        self._rows: list[Example] = []  # that nobody has taken yet, the first one last
         self._left_in_a_row = 0
         self._began = time.monotonic()
 
@@ -214,10 +214,10 @@ class Distillation:
 
     async def run(self) -> None:
         """Asks for all that is missing; returns at the end, or early with `problem` or `signal` set."""
-        rows = (example for example in self.examples if not self._is_done(example))
+        self._rows = [example for example in reversed(self.examples) if not self._is_done(example)]
         loop, both = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
         async with self.server:
-            workers = [asyncio.create_task(self.work(rows)) for _ in range(self.args.concurrency)]
+            workers = [asyncio.create_task(self.work()) for _ in range(self.args.concurrency)]
             shown = asyncio.create_task(self._show())
             for one in both:
                 loop.add_signal_handler(one, self._interrupt, one, workers)
@@ -243,10 +243,18 @@ class Distillation:
         self.signal = number
         self.server.stop.set()
 
-    async def work(self, rows: Iterator[Example]) -> None:
+    def _take(self) -> Example:
+        """The first row; then, until one is answered and again after one is not, any: bad rows may stand side by side, and
+        each start would stop at the same ones."""
+        known_good = self.server.answered and not self._left_in_a_row
+        first = known_good or len(self._rows) == len(self.examples) - self.done
+        return self._rows.pop(-1 if first else random.randrange(len(self._rows)))
+
+    async def work(self) -> None:
         """Takes rows, one after the other, until there are none or asking has stopped."""
         stop = self.server.stop
-        for example in rows:
+        while self._rows:
+            example = self._take()
             while not stop.is_set() and not self._is_done(example):
                 request = self._request | {"messages": prompt.messages(example, self.template)}
                 result = await self.server.ask(request)
@@ -262,10 +270,17 @@ class Distillation:
                 return
 
     def _leave(self, failure: Failure) -> None:
-        """Leaves a row without an answer; where that seems not to be the row's fault, stops asking."""
+        """Leaves a row without an answer; where that seems not to be the row's fault, stops asking.
+
+        An answer in the journal shows that the server takes such requests. What it rejects after that is the row's fault,
+        however many they are; and at the end there is nothing to stop.
+        """
         self.left[failure.text] += 1
+        if failure.kind == "row" and self.journal.answers:
+            return
         self._left_in_a_row += 1
-        if failure.kind in ("fatal", "down", "limited") or self._left_in_a_row >= min(IN_A_ROW, len(self.examples)):
+        many = self._left_in_a_row >= min(IN_A_ROW, len(self.examples)) and (self._rows or not self.journal.answers)
+        if failure.kind in ("fatal", "down", "limited") or many:
             self.problem = self.problem or failure
             self.server.stop.set()
 
@@ -410,7 +425,8 @@ def distill(args: Args) -> Distillation:
 
 
 def main() -> None:
-    work = distill(tyro.cli(Args, args=sys.argv[1:], description=__doc__, use_underscores=True))
+    words = sys.argv[1:]
+    work = distill(tyro.cli(Args, prog="python -m scripts.distill", args=words, description=__doc__, use_underscores=True))
     if missing := len(work.examples) - work.done:
         console.warn(f"{missing:,} rows are not done: start the same command again; nothing answered is asked twice")
         raise SystemExit(128 + work.signal if work.signal else 1)

@@ -6,6 +6,7 @@ No assertion depends on how fast the machine is: where a request must not be tri
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
 import json
 import os
@@ -374,6 +375,8 @@ def test_a_request_refused_among_answers_is_the_rows_own_fault(ask):
         work = ask(server, 8, concurrency=1)
         assert kept(ask.out) == [1, 3, 5, 7] and work.left == {"HTTP 400: maximum context length": 4}
         assert len(server.log) == 8
+    ask.journal.unlink()
+    ask.out.unlink()
     with BadServer(lambda row, nth: too_long) as server, pytest.raises(ValueError, match="check --model, --temperature"):
         ask(server, 40, concurrency=1)
     assert len(server.log) == distill.IN_A_ROW
@@ -381,6 +384,28 @@ def test_a_request_refused_among_answers_is_the_rows_own_fault(ask):
     ask.out.unlink()
     with BadServer(lambda row, nth: too_long) as server, pytest.raises(ValueError, match="check --model, --temperature"):
         ask(server, 2)  # a first try with few rows
+
+
+@pytest.mark.parametrize("bad", [("status", 400, b"too long"), ("status", 500, b"oops")])
+@pytest.mark.parametrize("concurrency", [1, 16])
+def test_bad_rows_side_by_side_do_not_hold_up_the_others(ask, bad, concurrency):
+    """At the beginning, where nothing is answered yet, and at the end, where nothing else is left."""
+    with BadServer(lambda row, nth: bad if row < 16 else "good") as server:
+        # What may be the server's trouble stops a start, though not at the same rows.
+        for _ in range(4 if bad[1] == 500 else 1):
+            with contextlib.suppress(ValueError):
+                work = ask(server, 60, concurrency=concurrency, retries=0)
+        assert kept(ask.out) == list(range(16, 60))
+        mark = len(server.log)
+        if bad[1] == 400:
+            assert work.problem is None and work.left == {"HTTP 400: too long": 16} and work.done == 44
+            work = ask(server, 60, concurrency=concurrency)  # asked again: a server may take them one day
+            assert sorted(server.rows()[mark:]) == list(range(16)) and work.problem is None and work.done == 44
+    with BadServer(lambda row, nth: bad if row < distill.IN_A_ROW else "good") as server:
+        ask(server, 60, concurrency=1, retries=0)
+        assert len(kept(ask.out)) == 60 - distill.IN_A_ROW
+        work = ask(server, 60, concurrency=1, retries=0)
+        assert sum(work.left.values()) == distill.IN_A_ROW and work.problem is None
 
 
 # ---------------------------------------------------------------- the end, and the next start
@@ -527,6 +552,14 @@ def test_data_may_grow_and_the_order_is_that_of_the_rows(ask):
 
 
 # ---------------------------------------------------------------- parts
+
+
+def test_help_names_the_command_that_works_without_an_install(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["distill.py", "--help"])
+    with pytest.raises(SystemExit):
+        distill.main()
+    assert capsys.readouterr().out.startswith("usage: python -m scripts.distill ")
+    assert "    python -m scripts.distill --data.path" in distill.__doc__
 
 
 def test_command_lines_that_cannot_be_meant(ask, monkeypatch):
