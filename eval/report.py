@@ -35,13 +35,15 @@ Outcomes = Mapping[tuple[str, int], Outcome]  # by a row's name and a seed
 def table(study: Study, asked: str, outcomes: Outcomes, commands: Sequence[str]) -> str:
     """study.md: the table, why responses were wrong, what failed, and the `commands` of the first seed."""
     scores = {row.name: [o.scores for o in _of(outcomes, row.name) if o.scores] for row in study.rows}
+    tests = sorted({(s["rows"], sum(s["dropped"].values())) for found in scores.values() for s in found})
+    test = " or ".join(f"{rows:,} rows" + (f" ({dropped:,} more were unusable)" if dropped else "") for rows, dropped in tests)
     lines = [
         f"# {study.title}",
         "",
-        f"`python -m eval.study {asked}`. Accuracy: right calls after a thought; right calls: with a thought or without; both "
-        "of greedy responses. Sampled: right calls of responses drawn at temperature 0.7, as in training. In %; mean ± "
-        "standard deviation over seeds. "
-        f"The paper's numbers ({study.paper}) are BFCL's, of a 7B model unless the row says otherwise: another test.",
+        f"`python -m eval.study {asked}`. {f'Scored on {test}. ' if test else ''}Accuracy: right calls after a thought; right "
+        "calls: with a thought or without; both of greedy responses. Sampled: right calls of responses drawn at temperature "
+        "0.7, as in training. In %; mean ± standard deviation over seeds. The paper's numbers "
+        f"({study.paper}) are BFCL's, of a 7B model unless the row says otherwise: another test.",
         "",
         "| | paper: non-live | paper: live | paper: mean | accuracy | right calls | sampled | runs |",
         "|---|---|---|---|---|---|---|---|",

@@ -179,11 +179,12 @@ def summarize(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def examples_of(path: str, limit: int | None) -> list[Example]:
-    """The rows of `path`, or the demo's test tasks; at most `limit`."""
+def examples_of(path: str, limit: int | None) -> jsonl.Loaded:
+    """The rows of `path`, or the demo's test tasks; at most `limit`; `dropped` is of all rows of `path`."""
     if path == "demo":
-        return demo.tasks(limit or DEMO_ROWS, seed=_DEMO_SEED, held_out=True)
-    return jsonl.split(jsonl.load(path).examples, 0.0, 0)[0][:limit]
+        return jsonl.Loaded(demo.tasks(limit or DEMO_ROWS, seed=_DEMO_SEED, held_out=True), {})
+    loaded = jsonl.load(path)
+    return replace(loaded, examples=jsonl.split(loaded.examples, 0.0, 0)[0][:limit])
 
 
 def template_of(args: Args) -> str:
@@ -203,7 +204,11 @@ def run(args: Args) -> dict[str, Any]:
             raise ValueError(f"--{name} {value}: give a number from 1 on")
     if args.samples < 0 or not args.temperature > 0:
         raise ValueError(f"--samples {args.samples} --temperature {args.temperature}: give a number from 0 on, and one above 0")
-    template, examples = template_of(args), examples_of(args.data.path, args.limit)
+    template, loaded = template_of(args), examples_of(args.data.path, args.limit)
+    examples = loaded.examples
+    if loaded.dropped:
+        why = ", ".join(f"{reason} {count:,}" for reason, count in loaded.dropped.items())
+        console.warn(f"{sum(loaded.dropped.values()):,} rows of {args.data.path} are not scored, and in no share: {why}")
     model = open_model(args.model, args.tensor)
     answers = {"responses": _answers(args, model, examples, template, 1, 0.0)}
     if args.samples:
@@ -211,7 +216,7 @@ def run(args: Args) -> dict[str, Any]:
     greedy = answers["responses"]
     if missing := sum(answer.reason == TOO_LONG for answer in greedy):
         console.warn(f"{missing:,} of {len(examples):,} prompts are too long for the model; they count as wrong")
-    scores = {"rows": len(examples), **summarize(greedy)}
+    scores = {"rows": len(examples), "dropped": loaded.dropped, **summarize(greedy)}
     if args.samples:
         scores["sampled"] = {"samples": args.samples, "temperature": args.temperature, **summarize(answers["samples"])}
     scores |= {

@@ -4,7 +4,8 @@
 
     GRIDS     the studies as plain data: (args) -> Study, its rows in the paper's order
     command   a row and a seed -> the command line of its training
-    once      runs a command unless it has run, and keeps that it has
+    inputs    what a command reads, file by file, as hashes
+    once      runs a command unless it has run with these inputs, and keeps that it has
     report    (its own module) scores -> study.md, accuracy.png, curves.png
 
 Each run is a process of its own in OUT/ROW/seed-S. The same command again goes on where it stopped: training resumes
@@ -13,27 +14,34 @@ itself, what has finished is not repeated. A run that fails is reported, and the
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import functools
+import hashlib
 import json
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from data import command_line, demo
+from data import command_line, demo, jsonl
 from data.example import Example
 from eval import report
 from eval.report import Outcome
 from grpo_jax import config, console
-from grpo_jax.config import DEMO_MODEL
+from grpo_jax.config import DEMO_MODEL, SftConfig, TrainConfig
 
 RAW = "base"  # the row of the model that nobody trained
 SFT, GRPO = "grpo_jax.sft", "grpo_jax.train"
+CONFIGS = {SFT: SftConfig, GRPO: TrainConfig}
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that stop a study
 PAPER = "Qwen/Qwen2.5-7B-Instruct"
 
 
@@ -65,9 +73,9 @@ class Args:
     model: str = ""
     """The model to begin from, where it is not the paper's (or, at demo scale, the demo's)."""
     sft: str = ""
-    """Further options for every supervised run, in one pair of quotes: those of your machine, say."""
+    """Further options for every supervised run, in one pair of quotes and after an equals sign: those of your machine, say."""
     train: str = ""
-    """Further options for every run of reinforcement learning, in one pair of quotes."""
+    """Further options for every run of reinforcement learning, likewise: --train="--run.steps 50"."""
     dry_run: bool = False
     """Print the commands, and run nothing."""
 
@@ -284,6 +292,12 @@ def command(args: Args, row: Row, seed: int) -> tuple[str, ...] | None:
     return ("-m", row.program, row.preset, *place, *row.options, *model, *further)
 
 
+@functools.cache
+def parsed(train: tuple[str, ...]) -> SftConfig | TrainConfig:
+    """The config that a training command asks for. Raises ValueError, in one line, for options that its program lacks."""
+    return config.parse(CONFIGS[train[1]], train[1], train[2:])
+
+
 def jobs(args: Args, study: Study) -> list[Job]:
     """Every run, seed by seed, so that a study that is stopped early has whole tables; a row after the one it begins from."""
     found = []
@@ -306,14 +320,16 @@ def check(args: Args) -> None:
         return
     needed = (*NEEDS[args.study], "test")
     what = {
-        "reasoning": "rows with a stronger model's reasoning (from scripts.distill)",
+        "reasoning": "rows with a stronger model's reasoning (python -m scripts.distill makes them)",
         "test": "rows to score the models on, that no run trains on",
-        "data": "rows to train on (from data.build)",
-        "toolace": "ToolACE's rows (from data.build)",
-        "xlam": "xLAM's rows (from data.build)",
+        "data": "rows to train on (python -m data.build makes them)",
+        "toolace": "ToolACE's rows (python -m data.build --toolace)",
+        "xlam": "xLAM's rows (python -m data.build --xlam)",
     }
     if missing := [name for name in needed if not getattr(args, name)]:
-        raise ValueError(f"study {args.study} at paper scale lacks " + "; ".join(f"--{name}: {what[name]}" for name in missing))
+        lacks = "; ".join(f"--{name}: {what[name]}" for name in missing)
+        without = "" if args.study == "sizes" else ". --scale demo, which is not the default, needs none of it"
+        raise ValueError(f"study {args.study} at paper scale lacks {lacks}{without}")
     if gone := [getattr(args, name) for name in needed if not Path(getattr(args, name)).exists()]:
         raise FileNotFoundError(f"{', '.join(gone)}: no such file or folder")
     if args.model and args.study == "sizes":
@@ -323,24 +339,98 @@ def check(args: Args) -> None:
 # ---------------------------------------------------------------- running them
 
 
-def once(label: str, folder: Path, step: str, chain: Sequence[Sequence[str]]) -> None:
-    """Runs the last command of the chain, unless this chain ran to its end before.
+def inputs(job: Job, start: str | None) -> dict[str, str]:
+    """What the job's training reads: file or folder -> hash of its content; `start`, of the weights of the row it begins from.
 
-    The chain is in the marker, because a model is another one if what it began from is. Raises ChildProcessError, with the
-    last lines of its log, for a command that fails.
+    Nothing of what is not here, a hub id, say, or made by the program. Content, not the time of a file: a build of the same
+    rows, or a copy of the study on another machine, makes no run another one.
+    """
+    cfg = parsed(job.train)
+    paths = [path for path in (cfg.data.path, cfg.data.validation_path) if path]
+    files = {path: jsonl.files(Path(path)) for path in paths if path != "demo" and Path(path).exists()}
+    if cfg.data.template:
+        files[cfg.data.template] = [Path(cfg.data.template)]
+    found = {path: _content(some) for path, some in files.items()}
+    if start is not None:
+        return found | {cfg.model.path: start}
+    return found | _model(cfg.model.path)
+
+
+def scored_inputs(job: Job, test: str, trained: int | None) -> dict[str, str]:
+    """What the job's evaluation reads, likewise; for a trained model the time that `once` returned for it."""
+    found = {test: _content(jsonl.files(Path(test)))} if test != "demo" and Path(test).exists() else {}
+    return found | (_model(job.row.start) if trained is None else {"the model": str(trained)})
+
+
+def _model(path: str) -> dict[str, str]:
+    """The model in a Hugging Face folder, or in that of a run; nothing of a hub id."""
+    folder = Path(path) / "hf" if (Path(path) / "hf").is_dir() else Path(path)
+    return {path: _content(sorted(file for file in folder.iterdir() if file.is_file()))} if folder.is_dir() else {}
+
+
+def _content(files: Sequence[Path]) -> str:
+    lines = [f"{file.name} {_sha256(file, file.stat().st_size, file.stat().st_mtime_ns)}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _sha256(file: Path, size: int, modified: int) -> str:
+    """Size and time are for the cache: every row reads the same gigabytes."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def differences(job: Job) -> list[str]:
+    """The options for which the run in the job's folder is another one than its command asks for: "field: old -> new".
+
+    For most of them training would refuse to go on. Not for its length, but a schedule made for another length, or steps
+    beyond the last one, are not in the command that the table shows.
+    """
+    try:
+        before = json.loads((job.folder / "config.json").read_text())
+        owner = before.pop("program")
+        if owner != job.row.program:
+            return [f"program: {owner} -> {job.row.program}"]
+        identity, operational = config.differences(before, parsed(job.train))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return []  # no run, or one that only training can tell what is wrong with
+    return identity + [change for change in operational if change.startswith(("run.steps:", "run.epochs:"))]
+
+
+def once(
+    label: str,
+    folder: Path,
+    step: str,
+    command: Sequence[str],
+    made: Path,
+    reads: Mapping[str, str],
+    differs: Sequence[str] = (),
+) -> int:
+    """Runs a command that leaves `made`, unless it did, from the same inputs; returns the time when it had, in ns.
+
+    Where other inputs were read before, or `differs` is not empty, training cannot go on in its folder: that is moved aside.
+    Raises ChildProcessError, with the last lines of its log, for a command that fails, ValueError where another process is
+    at work in the folder to be moved.
     """
     marker, log = folder.with_name(f"{folder.name}.{step}.json"), folder.with_name(f"{folder.name}.{step}.log")
-    wanted = [list(one) for one in chain]
-    if marker.exists() and json.loads(marker.read_text()) == wanted:
-        return
-    marker.unlink(missing_ok=True)
+    known = json.loads(marker.read_text()) if marker.exists() else None
+    record, changes = {"command": ["python", *command], "inputs": dict(reads)}, list(differs)
+    if isinstance(known, dict):
+        before = known["inputs"]
+        changes += [name for name in {**before, **reads} if before.get(name) != reads.get(name)]
+        if known["finished"] and known["command"] == record["command"] and not changes and made.exists():
+            return known["finished"]
     log.parent.mkdir(parents=True, exist_ok=True)
-    console.note(f"{label}: {shlex.join(['python', *chain[-1]])}")
+    if changes and step == "train" and folder.exists():
+        aside = _move_aside(folder)
+        console.note(f"{label}: begins anew, since this changed: {', '.join(changes)}; the run until now is in {aside}")
+    report.write(marker, json.dumps(record | {"finished": 0}, indent=1) + "\n")
+    console.note(f"{label}: {shlex.join(['python', *command])}")
     with log.open("ab") as file:
         at = file.tell()
         # In a session of its own, a Ctrl-C does not reach it: one signal lets training save its last step, a second would not.
         child = subprocess.Popen(
-            [sys.executable, *chain[-1]],
+            [sys.executable, *command],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -349,15 +439,44 @@ def once(label: str, folder: Path, step: str, chain: Sequence[Sequence[str]]) ->
         try:
             code = _wait(child, log, label)
         except BaseException:
-            child.terminate()
-            child.wait()
+            _stop(child, label)
             raise
     if code:
         with log.open("rb") as file:
             file.seek(at)
             last = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()][-3:]
         raise ChildProcessError(f"exit code {code}: {' | '.join(last) or 'it said nothing'} ({log})")
-    report.write(marker, json.dumps(wanted, indent=1) + "\n")
+    finished = time.time_ns()
+    report.write(marker, json.dumps(record | {"finished": finished}, indent=1) + "\n")
+    return finished
+
+
+def _move_aside(folder: Path) -> Path:
+    """Renames a run's folder to the first free name; not one that a process is at work on."""
+    with (folder / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is at work on this run, with other inputs; wait for it") from None
+        except OSError:
+            pass  # some network file systems know no locks
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}-stale-{number}")).exists():
+            number += 1
+        return folder.rename(aside)
+
+
+def _stop(child: subprocess.Popen, label: str) -> None:
+    """Asks the child to end and waits until it has. Further signals are ignored: the child would go on without its study."""
+    before = {one: signal.signal(one, signal.SIG_IGN) for one in SIGNALS}
+    try:
+        child.terminate()
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            console.note(f"{label}: stopping; waiting for process {child.pid} (training saves its last whole step)")
+        child.wait()
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _wait(child: subprocess.Popen, log: Path, label: str) -> int:
@@ -380,6 +499,9 @@ def run(args: Args) -> int:
     check(args)
     study = GRIDS[args.study](args)
     grid = jobs(args, study)
+    for job in grid[: len(study.rows)]:  # those of the first seed; so nothing runs where --sft or --train are wrong
+        if job.train:
+            parsed(job.train)
     if args.dry_run:
         for job in grid:
             for one in (job.train, job.evaluate):
@@ -391,19 +513,20 @@ def run(args: Args) -> int:
     asked = f"{args.study} --scale {args.scale} --seeds {args.seeds}"
     commands = [shlex.join(["python", *job.train]) for job in grid if job.train and job.seed == 0]
     outcomes: dict[tuple[str, int], Outcome] = {}
-    chains: dict[tuple[str, int], list[tuple[str, ...]]] = {}
+    test = "demo" if args.scale == "demo" else args.test
     for number, job in enumerate(grid, 1):
         place, label = (job.row.name, job.seed), f"{number}/{len(grid)} {job.row.name}, seed {job.seed}"
         outcome = outcomes[place] = Outcome()
-        before = outcomes.get((job.after, job.seed))
-        chains[place] = [*chains.get((job.after, job.seed), []), *([job.train] if job.train else [])]
+        before, trained = outcomes.get((job.after, job.seed)), None
         try:
             if before is not None and before.problem:
                 raise ChildProcessError(f"not run, since {job.after} failed")
             if job.train:
-                once(label, job.folder, "train", chains[place])
-            once(f"{label}, scores", job.folder, "eval", [*chains[place], job.evaluate])
-            outcome.scores = json.loads((job.folder / "eval" / "scores.json").read_text())
+                reads = inputs(job, before.scores["model_fingerprint"] if before else None)
+                trained = once(label, job.folder, "train", job.train, job.folder / "hf", reads, differences(job))
+            made = job.folder / "eval" / "scores.json"
+            once(f"{label}, scores", job.folder, "eval", job.evaluate, made, scored_inputs(job, test, trained))
+            outcome.scores = json.loads(made.read_text())
             console.note(f"{label}: {outcome.scores['accuracy']:.1%} right")
         except (OSError, ValueError) as error:
             outcome.problem = str(error)
@@ -421,7 +544,7 @@ def main() -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for one in (signal.SIGTERM, signal.SIGHUP):
+    for one in SIGNALS:
         signal.signal(one, interrupt)
     sys.exit(run(command_line.read(Args, "python -m eval.study", sys.argv[1:])))
 

@@ -1,6 +1,7 @@
 """Evaluation: greedy texts are the model's, verdicts are counted right, and what does not fit is said."""
 
 import json
+import re
 from dataclasses import replace
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data import demo, prompt
+from data import demo, jsonl, prompt
 from eval import run
 from eval.run import Args, Data
 from grpo_jax import inputs, reward
@@ -79,6 +80,7 @@ def test_the_files_of_an_evaluation(tiny_model, tmp_path, capsys):
     args = Args(tiny_model, Data("demo"), tmp_path / "out", limit=4, max_response_tokens=4)
     scores = run.run(args)
     assert scores == json.loads((tmp_path / "out" / "scores.json").read_text()) and scores["rows"] == 4
+    assert scores["dropped"] == {}
     rows = [json.loads(line) for line in (tmp_path / "out" / "responses.jsonl").read_text().splitlines()]
     tasks = demo.tasks(4, seed=1, held_out=True)  # not those that a run validates on
     assert [row["id"] for row in rows] == [task.id for task in tasks]
@@ -95,15 +97,33 @@ def test_the_files_of_an_evaluation(tiny_model, tmp_path, capsys):
     assert run.run(replace(args, limit=3, out=tmp_path / "few"))["data_fingerprint"] != scores["data_fingerprint"]
 
 
+def write_rows(path, tasks, *lines):
+    lines = [*(json.dumps({"messages": t.messages, "tools": t.tools, "answers": t.answer}) + "\n" for t in tasks), *lines]
+    path.write_text("".join(lines))
+    return lines
+
+
 def test_rows_of_a_file_are_taken_in_an_order_of_their_own(tmp_path):
     path = tmp_path / "rows.jsonl"
     tasks = demo.tasks(20, 3, held_out=True)
-    lines = [json.dumps({"messages": t.messages, "tools": t.tools, "answers": t.answer}) + "\n" for t in tasks]
-    path.write_text("".join(lines))
-    some = [example.id for example in run.examples_of(str(path), 5)]
+    lines = write_rows(path, tasks)
+    some = [example.id for example in run.examples_of(str(path), 5).examples]
     path.write_text("".join(reversed(lines)))
-    assert [example.id for example in run.examples_of(str(path), 5)] == some != [task.id for task in tasks[:5]]
-    assert len(run.examples_of(str(path), None)) == 20 and len(run.examples_of("demo", None)) == run.DEMO_ROWS
+    again = [example.id for example in run.examples_of(str(path), 5).examples]
+    assert again == some != [task.id for task in tasks[:5]]
+    assert len(run.examples_of(str(path), None).examples) == 20
+    assert len(run.examples_of("demo", None).examples) == run.DEMO_ROWS
+
+
+def test_rows_that_cannot_be_scored_are_told(tiny_model, tmp_path, capsys):
+    tasks = demo.tasks(4, 3, held_out=True)
+    write_rows(tmp_path / "rows.jsonl", [*tasks, tasks[0]], "[]\n", '{"query": "What?", "tools": "none"}\n')
+    args = Args(tiny_model, Data(str(tmp_path / "rows.jsonl")), tmp_path / "out", limit=2, max_response_tokens=2)
+    scores = run.run(args)
+    assert scores["rows"] == 2
+    assert scores["dropped"] == {jsonl.DUPLICATE: 1, jsonl.NOT_AN_OBJECT: 1, jsonl.TOOLS_DO_NOT_PARSE: 1}
+    told = "3 rows of .*rows.jsonl are not scored, and in no share: duplicate 1, not_an_object 1, tools_do_not_parse 1"
+    assert re.search(told, capsys.readouterr().out)
 
 
 def test_the_template_is_that_of_the_run_unless_one_is_given(tmp_path):

@@ -1,7 +1,15 @@
 """Studies: their command lines are right ones, what has finished is not repeated, and the table says what happened."""
 
+import contextlib
+import fcntl
 import json
+import os
 import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,6 +149,8 @@ def test_what_the_papers_scale_lacks_is_said_before_anything_runs(tmp_path):
     assert "no/rows: no such file or folder" in said("rewards", data=here, test="no/rows")
     assert "--model" in said("sizes", data=here, test=here, model="mine")
     assert "from 1 on" in said("recipes", scale="demo", seeds=0)
+    assert "--scale demo, which is not the default, needs none of it" in said("data")
+    assert "unknown option '--run.stepz'" in said("recipes", scale="demo", train="--run.stepz 1")
 
 
 def test_a_dry_run_prints_the_commands_and_does_nothing(tmp_path, capsys):
@@ -153,45 +163,174 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(tmp_path, capsys):
 # Running them
 
 
-def writer(path, text):
-    return ("-c", f"import sys; open({str(path)!r}, 'a').write({text!r}); print('said'); sys.exit({int(text == 'bad')})")
+# A program as training is: it goes on in its folder, refuses one that began with another WORD, and leaves hf/ at the end.
+FAKE = """
+import json, pathlib, sys
+folder, word, code = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+file = folder / "config.json"
+if file.exists() and json.loads(file.read_text()) != word:
+    sys.exit("error: the run began with another word")
+folder.mkdir(parents=True, exist_ok=True)
+file.write_text(json.dumps(word))
+print("said", word)
+if code == 0:
+    (folder / "hf").mkdir(exist_ok=True)
+sys.exit(code)
+"""
 
 
-def test_what_has_finished_is_not_repeated_unless_what_it_began_from_changed(tmp_path):
-    file, folder = tmp_path / "made", tmp_path / "row" / "seed-0"
-    for chain in ([writer(file, "a")], [writer(file, "a")], [("other",), writer(file, "a")], [("other",), writer(file, "a")]):
-        study.once("a run", folder, "train", chain)
-    assert file.read_text() == "aa"
-    assert (tmp_path / "row" / "seed-0.train.log").read_text() == "said\nsaid\n"
-    study.once("a run", folder, "eval", [writer(file, "e")])
-    assert file.read_text() == "aae"
+def fake(folder, word="a", code=0):
+    return ("-c", FAKE, str(folder), word, str(code))
+
+
+def train(folder, word="a", *, reads=None, differs=(), code=0):
+    return study.once("a run", folder, "train", fake(folder, word, code), folder / "hf", reads or {}, differs)
+
+
+def said(folder):
+    return folder.with_name("seed-0.train.log").read_text().split("\n")[:-1]
+
+
+def test_what_has_finished_is_not_repeated(tmp_path):
+    folder = tmp_path / "row" / "seed-0"
+    first = train(folder)
+    assert train(folder) == first and said(folder) == ["said a"]
+    assert train(folder, reads={}) == first
+    eval_of = ("-c", f"open({str(tmp_path / 'made')!r}, 'a').write('e')")
+    for reads in ({"the model": "1"}, {"the model": "1"}, {"the model": "2"}):
+        study.once("a run", folder, "eval", eval_of, tmp_path / "made", reads)
+    assert (tmp_path / "made").read_text() == "ee" and folder.is_dir()  # scores are written over
+    study.once("a run", folder, "eval", (*eval_of, "more"), tmp_path / "made", {"the model": "2"})
+    assert (tmp_path / "made").read_text() == "eee"
+
+
+@pytest.mark.parametrize("code", [0, 1])  # a run that had finished, and one that had not
+def test_a_run_that_began_from_something_else_is_moved_aside_and_repeated(tmp_path, capsys, code):
+    folder = tmp_path / "row" / "seed-0"
+    with contextlib.ExitStack() as stack:
+        if code:
+            stack.enter_context(pytest.raises(ChildProcessError))
+        train(folder, "a", reads={"rows.jsonl": "1", "start": "2"}, code=code)
+    train(folder, "b", reads={"rows.jsonl": "3", "start": "2"})
+    train(folder, "c", reads={"rows.jsonl": "3", "start": "2"}, differs=["learning_rate: 1 -> 2"])
+    assert said(folder) == ["said a", "said b", "said c"]
+    places = {"seed-0-stale-1": "a", "seed-0-stale-2": "b", "seed-0": "c"}
+    assert {name: json.loads((tmp_path / "row" / name / "config.json").read_text()) for name in places} == places
+    told = capsys.readouterr().out
+    assert "begins anew, since this changed: rows.jsonl; the run until now is in" in told and "seed-0-stale-1" in told
+    assert "since this changed: learning_rate: 1 -> 2;" in told
+
+
+def test_a_run_that_another_process_is_at_work_on_is_not_moved(tmp_path):
+    folder = tmp_path / "seed-0"
+    train(folder)
+    with (folder / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is at work on this run"):
+            train(folder, "b", reads={"rows.jsonl": "1"})
+    assert folder.is_dir() and not (tmp_path / "seed-0-stale-1").exists()
+    train(folder, "b", reads={"rows.jsonl": "1"})
+    assert said(folder) == ["said a", "said b"]
+
+
+def test_a_run_whose_folder_was_deleted_is_repeated(tmp_path):
+    folder = tmp_path / "seed-0"
+    first = train(folder)
+    shutil.rmtree(folder)
+    assert train(folder) > first and said(folder) == ["said a", "said a"] and (folder / "hf").is_dir()
+
+
+def test_a_changed_command_goes_on_in_its_folder_where_it_can(tmp_path):
+    folder = tmp_path / "seed-0"
+    study.once("a run", folder, "train", fake(folder), folder / "hf", {})
+    study.once("a run", folder, "train", (*fake(folder), "--more"), folder / "hf", {})
+    assert said(folder) == ["said a", "said a"] and not (tmp_path / "seed-0-stale-1").exists()
+
+
+def test_which_changes_make_it_another_run(tmp_path):
+    def job(*options):
+        row = Row("row", "A row", SFT, "demo", options)
+        return study.jobs(Args("recipes", tmp_path, "demo", seeds=1), Study("", "", (row,), ()))[0]
+
+    first = job()
+    assert study.differences(first) == []  # there is none
+    first.folder.mkdir(parents=True)
+    (first.folder / "config.json").write_text(json.dumps({"program": SFT, **config.to_dict(study.parsed(first.train))}))
+    assert study.differences(first) == []
+    assert study.differences(job("--learner.remat", "full", "--validation.every", "3")) == []
+    assert study.differences(job("--optimizer.learning_rate", "7")) == ["optimizer.learning_rate: 0.001 -> 7.0"]
+    assert study.differences(job("--run.steps", "3")) == [f"run.steps: {study.parsed(first.train).run.steps} -> 3"]
+    (first.folder / "config.json").write_text(json.dumps({"program": GRPO, **config.to_dict(study.parsed(first.train))}))
+    assert study.differences(first) == [f"program: {GRPO} -> {SFT}"]
+
+
+def test_inputs_are_known_by_their_content(tmp_path):
+    rows, model, template = tmp_path / "rows", tmp_path / "model", tmp_path / "template.txt"
+    (model / "hf").mkdir(parents=True)
+    rows.mkdir()
+    for file in (rows / "a.jsonl", rows / "notes.txt", model / "hf" / "weights", model / "log", template):
+        file.write_text("1")
+
+    def reads(start=None):
+        options = ("--data.path", str(rows), "--data.template", str(template), "--model.path", str(model))
+        study_of = Study("", "", (Row("row", "A row", GRPO, "demo", options), Row("raw", "Raw", start=str(model))), ())
+        trained, raw = study.jobs(Args("recipes", tmp_path, "demo", seeds=1), study_of)
+        return study.inputs(trained, start), study.scored_inputs(raw, str(rows), None)
+
+    train, scored = reads()
+    assert set(train) == {str(rows), str(template), str(model)} and set(scored) == {str(rows), str(model)}
+    for irrelevant in (rows / "notes.txt", model / "log"):
+        irrelevant.write_text("other")
+    os.utime(rows / "a.jsonl", (1, 1))
+    assert reads() == (train, scored)
+    for file, place in ((rows / "a.jsonl", rows), (template, template), (model / "hf" / "weights", model)):
+        file.write_text("other")
+        now = reads()
+        assert {name for name in train if now[0][name] != train[name]} == {str(place)}
+        assert {name for name in scored if now[1][name] != scored[name]} == {str(place)} & set(scored)
+        train, scored = now
+    assert reads("weights of a row")[0][str(model)] == "weights of a row"
+    jobs = grid("recipes", scale="demo", model="org/name")[1]
+    assert set(study.inputs(jobs[1], None)) == {str(demo.TEMPLATE)} and study.scored_inputs(jobs[0], "demo", None) == {}
 
 
 def test_a_command_that_fails_tells_its_last_lines_and_runs_again_next_time(tmp_path):
-    file, folder = tmp_path / "made", tmp_path / "row" / "seed-0"
+    folder = tmp_path / "row" / "seed-0"
     for _ in range(2):
-        with pytest.raises(ChildProcessError, match=r"exit code 1: said \(.*seed-0.train.log\)"):
-            study.once("a run", folder, "train", [writer(file, "bad")])
-    assert file.read_text() == "badbad"
+        with pytest.raises(ChildProcessError, match=r"exit code 1: said a \(.*seed-0.train.log\)"):
+            train(folder, code=1)
+    assert said(folder) == ["said a", "said a"]
 
 
-def test_a_study_that_is_interrupted_asks_its_run_to_stop_and_waits(tmp_path, monkeypatch):
-    code = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(print('saved')))\n"
-    code += "print('at work', flush=True)\ntime.sleep(60)"
+def test_a_study_that_is_interrupted_asks_its_run_to_stop_and_waits(tmp_path):
+    child = (
+        "import signal, sys, time\n"
+        "def asked(*_):\n    print('asked', flush=True)\n    time.sleep(1)\n    sys.exit(print('saved'))\n"
+        "signal.signal(signal.SIGTERM, asked)\nprint('at work', flush=True)\ntime.sleep(60)"
+    )
+    code = (
+        "from pathlib import Path\nfrom eval import study\n"
+        f"study.once('a run', Path({str(tmp_path / 'seed-0')!r}), 'train', ('-c', {child!r}), Path('none'), {{}})"
+    )
+    root = Path(study.__file__).parent.parent
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=root, **pipes)
+    log = tmp_path / "seed-0.train.log"
+    for word, one in (("at work", signal.SIGINT), ("asked", signal.SIGINT), ("asked", signal.SIGTERM)):  # the last ones ignored
+        until = time.monotonic() + 60
+        while not (log.exists() and word in log.read_text()) and time.monotonic() < until:
+            time.sleep(0.02)
+        parent.send_signal(one)
+    out, errors = parent.communicate(timeout=60)
+    assert "KeyboardInterrupt" in errors and log.read_text() == "at work\nasked\nsaved\n"
+    assert "a run: stopping; waiting for process " in out
+    assert json.loads((tmp_path / "seed-0.train.json").read_text())["finished"] == 0
 
-    def interrupted(child, log, label):
-        while "at work\n" not in log.read_text():
-            pass
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(study, "_wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        study.once("a run", tmp_path / "seed-0", "train", [("-c", code)])
-    assert (tmp_path / "seed-0.train.log").read_text().endswith("saved\n")
-    assert not (tmp_path / "seed-0.train.json").exists()
-
-
-SCORES = {"accuracy": 0.5, "calls": 0.75, "reasons": {"correct": 0.5, "no_format": 0.5}, "response_tokens": 40.0}
+SCORES = {
+    "rows": 1000, "dropped": {"no_query": 2}, "model_fingerprint": "f", "accuracy": 0.5, "calls": 0.75,
+    "reasons": {"correct": 0.5, "no_format": 0.5}, "response_tokens": 40.0,
+}  # fmt: skip
 
 
 def test_a_run_that_fails_is_shown_and_the_others_go_on(tmp_path, monkeypatch, capsys):
@@ -203,11 +342,11 @@ def test_a_run_that_fails_is_shown_and_the_others_go_on(tmp_path, monkeypatch, c
     )
     done = []
 
-    def once(label, folder, step, chain):
+    def once(label, folder, step, command, made, reads, differs=()):
         name, seed = folder.parent.name, folder.name
         if (name, seed, step) == ("sft", "seed-1", "train"):
             raise ChildProcessError("exit code 2: error: no memory (a.log)")
-        done.append((name, seed, step, len(chain)))
+        done.append((name, seed, step, reads))
         (folder / "eval").mkdir(parents=True, exist_ok=True)
         sampled = {"calls": 0.3 if seed == "seed-0" else 0.4}
         (folder / "eval" / "scores.json").write_text(json.dumps({**SCORES, "sampled": sampled}))
@@ -216,9 +355,12 @@ def test_a_run_that_fails_is_shown_and_the_others_go_on(tmp_path, monkeypatch, c
     monkeypatch.setattr(study, "once", once)
     monkeypatch.setitem(study.GRIDS, "recipes", lambda args: Study("Some runs", "Table 3", rows, ()))
     assert study.run(Args("recipes", tmp_path, "demo", seeds=2)) == 1
-    assert ("sft-rl", "seed-0", "train", 2) in done and ("sft-rl", "seed-0", "eval", 3) in done
-    assert ("rl", "seed-1", "eval", 2) in done and not [x for x in done if x[:2] == ("sft-rl", "seed-1")]
+    steps = {(name, seed, step): reads for name, seed, step, reads in done}
+    assert steps["sft-rl", "seed-0", "train"][str(tmp_path / "sft" / "seed-0")] == "f"  # another model, another run
+    assert ("sft-rl", "seed-0", "eval") in steps and ("rl", "seed-1", "eval") in steps
+    assert not [place for place in steps if place[:2] == ("sft-rl", "seed-1")]
     text = (tmp_path / "study.md").read_text()
+    assert "--seeds 2`. Scored on 1,000 rows (2 more were unusable). Accuracy: right calls after a thought" in text
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert table[:5] == [
         ["", "paper: non-live", "paper: live", "paper: mean", "accuracy", "right calls", "sampled", "runs"],
@@ -259,3 +401,22 @@ def test_a_study_from_end_to_end(tmp_path):
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("scores.json")}
     assert study.run(args) == 0 and (tmp_path / "study.md").read_text() == first
     assert len(times) == 5 and all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+
+@pytest.mark.slow
+def test_runs_begin_anew_with_the_real_programs_where_they_must(tmp_path, tiny_model, monkeypatch):
+    """The row that began from a row whose options changed too: training would refuse to go on with either."""
+    small = (
+        "--batch.max_tokens 512 --learner.tokens_per_microbatch 512 --batch.rows_per_step 2 --run.steps 1 --validation.limit 0"
+    )
+    options = (*small.split(), "--run.no_tensorboard")
+    rows = (Row("one", "One", SFT, "demo", options, tiny_model), Row("two", "Two", SFT, "demo", options, "row:one"))
+    evaluation = ("--data.path", "demo", "--max_response_tokens", "4", "--samples", "1", "--limit", "2")
+    monkeypatch.setitem(study.GRIDS, "recipes", lambda args: Study("Two runs", "no table", rows, evaluation))
+    out, folders = tmp_path / "out", lambda: sorted(path.name for path in (tmp_path / "out").glob("*/seed-0*/"))
+    args = Args("recipes", out, "demo", seeds=1, sft="--optimizer.learning_rate 1e-3")
+    assert study.run(args) == 0 and folders() == ["seed-0", "seed-0"]
+    assert study.run(replace(args, sft="--optimizer.learning_rate 2e-3")) == 0
+    assert folders() == ["seed-0", "seed-0", "seed-0-stale-1", "seed-0-stale-1"]
+    shutil.rmtree(out / "two" / "seed-0")
+    assert study.run(replace(args, sft="--optimizer.learning_rate 2e-3")) == 0 and len(folders()) == 4
