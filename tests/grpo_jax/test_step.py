@@ -159,7 +159,7 @@ def test_groups_of_equal_rewards_give_way_to_those_of_the_next_prompts(tiny_mode
     assert any(row["groups/zero_variance"] > 0 for row in found)  # of all that was sampled
 
 
-@pytest.mark.parametrize("call", [2, 3, 5])
+@pytest.mark.parametrize("call", [3, 5])
 def test_a_run_with_refills_goes_on_where_it_was_in_the_data(call, tiny_model, refilled, tmp_path, monkeypatch):
     calls, respond = iter(range(1, 100)), batch.respond
 
@@ -204,14 +204,6 @@ def test_responses_near_the_limit_lose_reward_in_training_alone(tiny_model, tmp_
     want = [0.5 * float(loss.overlong(one["token_count"], 12, 8)) for one in responses]
     assert [one["value"] for one in responses] == pytest.approx(want) and min(want) == -0.5
     assert rows(tmp_path / "a")[1]["val/accuracy"] == 0
-
-
-def test_gspo_begins_like_the_mean_over_responses(tiny_model, tmp_path):
-    """Where the policy has not moved yet every ratio is 1, and the two objectives have one gradient."""
-    one = {"run.steps": 1, "update.prompts_per_minibatch": 3, "loss.mean": "sequence_mean"}
-    ppo, _ = end_of(small(tiny_model, tmp_path / "a", **one))
-    gspo, _ = end_of(small(tiny_model, tmp_path / "b", **one, **{"loss.objective": "gspo"}))
-    assert gspo[1]["grad_norm"] == pytest.approx(ppo[1]["grad_norm"], rel=1e-4)
 
 
 def test_gspo_clips_nothing_in_bfloat16_before_the_policy_moves(tiny_model, tmp_path):

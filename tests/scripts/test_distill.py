@@ -408,9 +408,11 @@ def test_bad_rows_side_by_side_do_not_hold_up_the_others(ask, bad, concurrency):
     """At the beginning, where nothing is answered yet, and at the end, where nothing else is left."""
     with BadServer(lambda row, nth: bad if row < 16 else "good") as server:
         # What may be the server's trouble stops a start, though not at the same rows.
-        for _ in range(4 if bad[1] == 500 else 1):
+        for _ in range(12 if bad[1] == 500 else 1):
             with contextlib.suppress(ValueError):
                 work = ask(server, 60, concurrency=concurrency, retries=0)
+            if kept(ask.out) == list(range(16, 60)):
+                break  # which rows come first is drawn: how many starts it takes is chance
         assert kept(ask.out) == list(range(16, 60))
         mark = len(server.log)
         if bad[1] == 400:
