@@ -56,6 +56,9 @@ class Data:
     """Rows to validate on. Left out: `validation_fraction` of the rows of `path`, by a seeded shuffle."""
     validation_fraction: float = 0.1
     """Share of the rows held out for validation."""
+    sources: str | None = None
+    """Train on the rows of these sources only, named with commas between: `toolace`, `xlam` of a folder of data.build, or what
+    stands under "source" in rows of your own. To see what each is worth; validation stays on rows of all. Left out: all."""
     begin: float = 0.0
     """Where the share of the training rows begins that this run uses, in their seeded order, held-out rows left aside: with
     0.5, and the same data and seed, a run has none of the rows of one that ended at 0.5."""
@@ -439,6 +442,15 @@ PRESETS: dict[type, dict[str, Callable[[], Any]]] = {
         "tool-n1-llama-8b": tool_n1("meta-llama/Llama-3.1-8B-Instruct"),
         # It is made for 8192 positions; prompts may take half of them.
         "tool-n1-llama3-8b": tool_n1("meta-llama/Meta-Llama-3-8B-Instruct", max_response_tokens=4096),
+        # Tables 4 and 5 of the paper, but for `binary` on both sources, which is tool-n1-7b.
+        **{
+            f"tool-n1-7b-{kind.replace('_', '-')}": variant(_7B, f"tool-n1-7b-{kind.replace('_', '-')}", reward={"kind": kind})
+            for kind in ("binary_no_reasoning", "format", "format_and_names")
+        },
+        **{
+            f"tool-n1-7b-{source}": variant(_7B, f"tool-n1-7b-{source}", data={"sources": source})
+            for source in ("toolace", "xlam")
+        },
         # arXiv 2503.14476, section 4.1: no KL term, a higher upper edge, no group without a difference, a soft limit of length.
         "dapo": variant(
             _7B,

@@ -146,14 +146,23 @@ def load_tasks(
     """Reads, splits and encodes the rows; `limit` bounds those for validation.
 
     Prompts of more than `max_tokens` tokens (with their target, if it is wanted) are dropped, and counted as `too_long`;
-    never cut. Of the training rows, in their seeded order, those from `settings.begin` to `settings.end` are taken: cut before
-    any is dropped for its length, so that runs with other limits share no row either. Raises ValueError where no row is left
-    to train on, or to validate on where a file names such rows.
+    never cut. Of the training rows of `settings.sources`, in their seeded order, those from `settings.begin` to `settings.end`
+    are taken: cut before any is dropped for its length, so that runs with other limits share no row either. Raises ValueError
+    where no row is left to train on, or to validate on where a file names such rows.
     """
     train, validation, dropped = _examples(settings, seed, limit)
+    drops = Counter(dropped)
+    if settings.sources is not None:
+        wanted = [name.strip() for name in settings.sources.split(",")]
+        # What data.build changed keeps its source, and says so behind a hyphen: xlam-masked.
+        kept = [example for example in train if any(f"{example.source}-".startswith(f"{name}-") for name in wanted)]
+        if not kept:
+            found = ", ".join(sorted({example.source for example in train}))
+            raise ValueError(f"--data.sources {settings.sources}: {settings.path} has no such rows, but of {found}")
+        drops["other_source"] += len(train) - len(kept)
+        train = kept
     train = train[round(settings.begin * len(train)) : round(settings.end * len(train))]
     template = prompt.load_template(settings.template)
-    drops = Counter(dropped)
 
     def encoded(examples: Sequence[Example], what: str, most: int) -> list[Task]:
         tasks = []
