@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from data.command_line import plural
 from grpo_jax import checkpoint, config, console, hosts, inputs, learner, mesh, metrics, reward, rollout
 from grpo_jax.batch import Batch, draw, exchange, place
 from grpo_jax.config import TrainConfig
@@ -195,15 +196,15 @@ def introduce(cfg: TrainConfig, policy: Policy, tasks: Tasks, steps: int, device
             "whole responses; the paper has --loss.clip_low 3e-4 --loss.clip_high 4e-4"
         )
     n, g = cfg.rollout.prompts_per_step, cfg.rollout.group_size
-    updates = f"{minibatches(cfg)} optimizer step(s) of {min(n, cfg.update.prompts_per_minibatch):,} prompts"
+    updates = f"{plural(minibatches(cfg), 'optimizer step')} of {plural(min(n, cfg.update.prompts_per_minibatch), 'prompt')}"
     console.header(
         f"GRPO: {cfg.model.path}",
         [
             ("data", tasks.summary()),
-            ("a step", f"{n:,} prompts x {g} = {n * g:,} responses; {updates}"),
+            ("a step", f"{plural(n, 'prompt')} x {g} = {plural(n * g, 'response')}; {updates}"),
             ("a micro-batch", f"{cfg.learner.tokens_per_microbatch:,} tokens a device at most, prompts counted once a group"),
             ("learned", inputs.learned(policy.model, inputs.adapters(cfg.lora))),
-            ("run", f"{steps:,} steps = {steps * n / len(tasks.train):.3g} epochs, in {cfg.run.dir}"),
+            ("run", f"{plural(steps, 'step')} = {steps * n / len(tasks.train):.3g} epochs, in {cfg.run.dir}"),
             ("devices", inputs.devices(device_mesh, cfg.learner, policy.model)),
         ],
     )
