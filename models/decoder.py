@@ -228,30 +228,34 @@ def _param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Adapted:
-    """A weight with a product of low rank r beside it, `weight + a b`; may stand in the tree where a matrix of a layer does."""
+    """A weight with a product of low rank beside it, `weight + b a`; may stand in the tree where a matrix of a layer does."""
 
-    weight: Array  # [I, O]
-    a: Array  # [I, r]
-    b: Array  # [r, O]
+    weight: Array  # [O, I]
+    a: Array  # [r, I]
+    b: Array  # [O, r]
 
 
 def _linear(x: Array, w: Array | Adapted, inputs: int = 1) -> Array:
-    """x [..., I] times w [I, O], where I stands for the last `inputs` axes of x and O for any number of axes of w."""
+    """x [..., I] times w [O, I]: [..., O], where I stands for the last `inputs` axes of both and O for all others of w.
+
+    Weights lie as Hugging Face's do, outputs first: on a CPU the products of few rows, which wait for the weights to come
+    from memory, and those of many, forward and backward, are all faster for it (docs/performance.md).
+    """
     if isinstance(w, Adapted):
         return _linear(x, w.weight, inputs) + _linear(_linear(x, w.a, inputs), w.b)
-    size = math.prod(w.shape[:inputs])
-    y = _matmul(x.reshape(-1, size), w.reshape(size, -1))
-    return y.reshape(*x.shape[: x.ndim - inputs], *w.shape[inputs:])
+    size = math.prod(w.shape[-inputs:])
+    y = _matmul(x.reshape(-1, size), w.reshape(-1, size))
+    return y.reshape(*x.shape[:-inputs], *w.shape[:-inputs])
 
 
 @jax.custom_vjp
 def _matmul(x: Array, w: Array) -> Array:
-    return x @ w
+    return x @ w.T
 
 
 def _matmul_forward(x: Any, w: Any) -> tuple[Array, tuple[Array | None, Array | None]]:
     # What is not learned is told by `perturbed`: of a frozen weight the gradient is not computed, nor its input kept.
-    return x.value @ w.value, (x.value if w.perturbed else None, w.value if x.perturbed else None)
+    return x.value @ w.value.T, (x.value if w.perturbed else None, w.value if x.perturbed else None)
 
 
 def _matmul_backward(saved: tuple[Array | None, Array | None], dy: Array) -> tuple[Array | None, Array | None]:
@@ -259,7 +263,7 @@ def _matmul_backward(saved: tuple[Array | None, Array | None], dy: Array) -> tup
     if x is not None:
         # The barrier keeps XLA on CPU from fusing what made x and dy into a strided copy of them; 1.5 to 2 times faster.
         x, dy = jax.lax.optimization_barrier((x, dy))
-    return None if w is None else dy @ w.T, None if x is None else x.T @ dy
+    return None if w is None else dy @ w, None if x is None else dy.T @ x
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
@@ -279,10 +283,10 @@ class Norm(nnx.Module):
 class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         d, h, k, c = config.d_model, config.heads, config.kv_heads, config.head_dim
-        self.q = _param(rngs, (d, h, c), ("embed", "heads", "head_dim"))
-        self.k = _param(rngs, (d, k, c), ("embed", "kv_heads", "head_dim"))
-        self.v = _param(rngs, (d, k, c), ("embed", "kv_heads", "head_dim"))
-        self.o = _param(rngs, (h, c, d), ("heads", "head_dim", "embed"))
+        self.q = _param(rngs, (h, c, d), ("heads", "head_dim", "embed"))
+        self.k = _param(rngs, (k, c, d), ("kv_heads", "head_dim", "embed"))
+        self.v = _param(rngs, (k, c, d), ("kv_heads", "head_dim", "embed"))
+        self.o = _param(rngs, (d, h, c), ("embed", "heads", "head_dim"))
         if config.qkv_bias:
             zeros = nnx.initializers.zeros
             self.q_bias = _param(rngs, (h, c), ("heads", "head_dim"), zeros)
@@ -300,9 +304,9 @@ class Attention(nnx.Module):
 
 class FeedForward(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.gate = _param(rngs, (config.d_model, config.d_ff), ("embed", "ff"))
-        self.up = _param(rngs, (config.d_model, config.d_ff), ("embed", "ff"))
-        self.down = _param(rngs, (config.d_ff, config.d_model), ("ff", "embed"))
+        self.gate = _param(rngs, (config.d_ff, config.d_model), ("ff", "embed"))
+        self.up = _param(rngs, (config.d_ff, config.d_model), ("ff", "embed"))
+        self.down = _param(rngs, (config.d_model, config.d_ff), ("embed", "ff"))
 
     def __call__(self, x: Array) -> Array:
         gate, up, down = (w.get_value() for w in (self.gate, self.up, self.down))

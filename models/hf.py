@@ -37,23 +37,24 @@ from safetensors.numpy import save_file
 from models.decoder import DecoderConfig, Params, shapes
 from models.lora import TARGETS, Lora
 
-# Our parameter -> (tensor, our axes, its axes). A letter is an axis; "hc" is H and C merged into one. "{}": the layer.
+# Our parameter -> (tensor, its axes). A letter is an axis of ours; "hc" is H and C merged into one. "{}": the layer. Axes
+# lie in the same order on both sides.
 _TABLE = {
-    "embed": ("model.embed_tokens.weight", "vd", "v d"),
-    "layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", "d", "d"),
-    "layers/attention/q": ("model.layers.{}.self_attn.q_proj.weight", "dhc", "hc d"),
-    "layers/attention/k": ("model.layers.{}.self_attn.k_proj.weight", "dkc", "kc d"),
-    "layers/attention/v": ("model.layers.{}.self_attn.v_proj.weight", "dkc", "kc d"),
-    "layers/attention/q_bias": ("model.layers.{}.self_attn.q_proj.bias", "hc", "hc"),
-    "layers/attention/k_bias": ("model.layers.{}.self_attn.k_proj.bias", "kc", "kc"),
-    "layers/attention/v_bias": ("model.layers.{}.self_attn.v_proj.bias", "kc", "kc"),
-    "layers/attention/o": ("model.layers.{}.self_attn.o_proj.weight", "hcd", "d hc"),
-    "layers/ff_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", "d", "d"),
-    "layers/ff/gate": ("model.layers.{}.mlp.gate_proj.weight", "df", "f d"),
-    "layers/ff/up": ("model.layers.{}.mlp.up_proj.weight", "df", "f d"),
-    "layers/ff/down": ("model.layers.{}.mlp.down_proj.weight", "fd", "d f"),
-    "norm/scale": ("model.norm.weight", "d", "d"),
-    "head": ("lm_head.weight", "vd", "v d"),
+    "embed": ("model.embed_tokens.weight", "v d"),
+    "layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", "d"),
+    "layers/attention/q": ("model.layers.{}.self_attn.q_proj.weight", "hc d"),
+    "layers/attention/k": ("model.layers.{}.self_attn.k_proj.weight", "kc d"),
+    "layers/attention/v": ("model.layers.{}.self_attn.v_proj.weight", "kc d"),
+    "layers/attention/q_bias": ("model.layers.{}.self_attn.q_proj.bias", "hc"),
+    "layers/attention/k_bias": ("model.layers.{}.self_attn.k_proj.bias", "kc"),
+    "layers/attention/v_bias": ("model.layers.{}.self_attn.v_proj.bias", "kc"),
+    "layers/attention/o": ("model.layers.{}.self_attn.o_proj.weight", "d hc"),
+    "layers/ff_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", "d"),
+    "layers/ff/gate": ("model.layers.{}.mlp.gate_proj.weight", "f d"),
+    "layers/ff/up": ("model.layers.{}.mlp.up_proj.weight", "f d"),
+    "layers/ff/down": ("model.layers.{}.mlp.down_proj.weight", "d f"),
+    "norm/scale": ("model.norm.weight", "d"),
+    "head": ("lm_head.weight", "v d"),
 }
 _DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16")}
 _TEXTS = ("*.json", "*.jinja", "*.txt")
@@ -72,40 +73,32 @@ class _Entry:
     names: tuple[str, ...]  # one tensor a layer, or a single one
     shape: tuple[int, ...]  # ours, of one layer
     stacked: bool
-    ours: str
-    theirs: tuple[str, ...]
+    axes: tuple[str, ...]  # theirs, each as the letters of ours that it holds
 
     @property
     def their_shape(self) -> tuple[int, ...]:
-        return tuple(math.prod(self.shape[self.ours.index(a)] for a in axes) for axes in self.theirs)
-
-    def export(self, x: np.ndarray) -> np.ndarray:
-        """Our array of one layer, as they store it."""
-        order = [self.ours.index(a) for a in "".join(self.theirs)]
-        return np.ascontiguousarray(x.transpose(order).reshape(self.their_shape))
+        lengths = iter(self.shape)
+        return tuple(math.prod(next(lengths) for _ in axes) for axes in self.axes)
 
     def read(self, tensor: Any, ranges: tuple[slice, ...]) -> np.ndarray:
         """The part of our array of one layer that `ranges` cut out, from their tensor (anything that can be sliced)."""
-        lengths = dict(zip(self.ours, self.shape, strict=True))
-        wanted = dict(zip(self.ours, ranges, strict=True))
-        cut = []
-        for outer, *inner in self.theirs:  # only the first letter of merged axes is cut in the file, the others here
-            width = math.prod(lengths[a] for a in inner)
-            cut.append(slice(wanted[outer].start * width, wanted[outer].stop * width))
-            lengths[outer], wanted[outer] = wanted[outer].stop - wanted[outer].start, slice(None)
-        order = "".join(self.theirs)
-        x = tensor[tuple(cut)].reshape([lengths[a] for a in order]).transpose([order.index(a) for a in self.ours])
-        return x[tuple(wanted[a] for a in self.ours)]
+        lengths, rest, cut, at = list(self.shape), list(ranges), [], 0
+        for merged in self.axes:  # only the first of merged axes is cut in the file, the others here
+            width, outer = math.prod(lengths[at + 1 : at + len(merged)]), ranges[at]
+            cut.append(slice(outer.start * width, outer.stop * width))
+            lengths[at], rest[at] = outer.stop - outer.start, slice(None)
+            at += len(merged)
+        return tensor[tuple(cut)].reshape(lengths)[tuple(rest)]
 
 
 def _entries(config: DecoderConfig) -> list[_Entry]:
     """In the order of the leaves of the parameters' tree."""
     out = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(shapes(config))[0]:
-        name, ours, theirs = _TABLE[jax.tree_util.keystr(path, simple=True, separator="/")]
+        name, axes = _TABLE[jax.tree_util.keystr(path, simple=True, separator="/")]
         stacked = "{}" in name
         names = tuple(name.format(i) for i in range(config.layers)) if stacked else (name,)
-        out.append(_Entry(names, leaf.shape[stacked:], stacked, ours, tuple(theirs.split())))
+        out.append(_Entry(names, leaf.shape[stacked:], stacked, tuple(axes.split())))
     return out
 
 
@@ -274,8 +267,8 @@ def save_adapter(path: str | Path, config: DecoderConfig, lora: Lora, adapters: 
         for i in range(config.layers):
             key = "base_model.model." + name.format(i).removesuffix(".weight")
             a, b = (np.asarray(pair[k][i], np.float32) for k in "ab")
-            tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, lora.rank).T)
-            tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(b.reshape(lora.rank, -1).T)
+            tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(a.reshape(lora.rank, -1))
+            tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(b.reshape(-1, lora.rank))
     with _folder_for(path, _ADAPTER, _is_our_adapter) as partial:
         _write_json(partial / "adapter_config.json", _peft_config(lora, base))
         save_file(tensors, file := partial / "adapter_model.safetensors", {"format": "pt"})
@@ -350,7 +343,11 @@ def _write_weights(
     for i, shard in enumerate(shards, 1):
         file = folder / ("model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors")
         host = [(name, entry, np.asarray(x if layer is None else x[layer])) for name, entry, x, layer in shard]
-        save_file({name: entry.export(x.astype(dtype)) for name, entry, x in host}, file, {"format": "pt"})
+        save_file(
+            {name: np.ascontiguousarray(x.astype(dtype).reshape(entry.their_shape)) for name, entry, x in host},
+            file,
+            {"format": "pt"},
+        )
         file.chmod((folder / "config.json").stat().st_mode)  # safetensors makes files that only their owner can read
         where |= {name: file.name for name, *_ in shard}
     if len(shards) > 1:

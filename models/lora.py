@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, Hu et al. 2021): a frozen model, and beside some of its matrices a product of two thin ones.
 
-A matrix W [I, O] acts as W + alpha / rank * a b, with a [I, r] and b [r, O]. The *adapters* are a tree like the
+A matrix W [O, I] acts as W + alpha / rank * b a, with a [r, I] and b [O, r]. The *adapters* are a tree like the
 parameters', with {"a", "b"} in the place of each target and nothing elsewhere; they are all that is learned.
 
     init          the first adapters: b is 0, so that they change nothing yet
@@ -60,10 +60,10 @@ def init(config: DecoderConfig, lora: Lora, key: Array) -> Params:
     def pair(name: str) -> dict[str, Array]:
         part, matrix, inputs = TARGETS[name]
         layers, *shape = weights[part][matrix].shape
-        bound = 1 / math.sqrt(math.prod(shape[:inputs]))
+        bound = 1 / math.sqrt(math.prod(shape[-inputs:]))
         own = jax.random.fold_in(key, list(TARGETS).index(name))
-        a = jax.random.uniform(own, (layers, *shape[:inputs], lora.rank), jnp.float32, -bound, bound)
-        return {"a": a, "b": jnp.zeros((layers, lora.rank, *shape[inputs:]), jnp.float32)}
+        a = jax.random.uniform(own, (layers, lora.rank, *shape[-inputs:]), jnp.float32, -bound, bound)
+        return {"a": a, "b": jnp.zeros((layers, *shape[:-inputs], lora.rank), jnp.float32)}
 
     return _tree(lora, pair)
 
@@ -80,7 +80,7 @@ def logical_axes(config: DecoderConfig, lora: Lora) -> Params:
     def pair(name: str) -> dict[str, tuple[str, ...]]:
         part, matrix, inputs = TARGETS[name]
         layers, *of_matrix = axes[part][matrix]
-        return {"a": (layers, *of_matrix[:inputs], "rank"), "b": (layers, "rank", *of_matrix[inputs:])}
+        return {"a": (layers, "rank", *of_matrix[-inputs:]), "b": (layers, *of_matrix[:-inputs], "rank")}
 
     return _tree(lora, pair)
 
@@ -103,7 +103,7 @@ def join(base: Params, adapters: Params, lora: Lora) -> Params:
 
 
 def merge(base: Params, adapters: Params, lora: Lora, dtype: Any) -> Params:
-    """Plain parameters in `dtype`: W + alpha / rank * a b, computed in at least float32 and rounded once, layer by layer.
+    """Plain parameters in `dtype`: W + alpha / rank * b a, computed in at least float32 and rounded once, layer by layer.
 
     Arrays that no adapter changes are those of `base` where they have that dtype already.
     """
@@ -120,9 +120,8 @@ def plain(weight: Array | Adapted, dtype: Any) -> Array:
 def _summed(dtype: Any, weight: Adapted) -> Array:
     def of_layer(given: tuple[Array, Array, Array]) -> Array:
         w, a, b = (x.astype(wide(x.dtype)) for x in given)
-        inputs = a.ndim - 1
-        product = a.reshape(-1, a.shape[-1]) @ b.reshape(b.shape[0], -1)
-        return (w + product.reshape(*a.shape[:inputs], *b.shape[1:])).astype(dtype)
+        product = b.reshape(-1, b.shape[-1]) @ a.reshape(a.shape[0], -1)
+        return (w + product.reshape(w.shape)).astype(dtype)
 
     # Not all layers at once: the sums in float32 would take twice the memory of a model in bfloat16.
     with jax.default_matmul_precision("highest"):

@@ -34,7 +34,7 @@ def specs(device_mesh, model):
 
 
 def test_every_parameter_lies_by_the_table():
-    qkv = PartitionSpec(None, "fsdp", "tensor", None)
+    qkv = PartitionSpec(None, "tensor", None, "fsdp")
     bias = PartitionSpec(None, "tensor", None)
     assert specs(abstract(2, 2, 2), MODEL) == {
         "embed": PartitionSpec("tensor", "fsdp"),
@@ -45,13 +45,13 @@ def test_every_parameter_lies_by_the_table():
         "layers.attention.q": qkv,
         "layers.attention.k": qkv,
         "layers.attention.v": qkv,
-        "layers.attention.o": PartitionSpec(None, "tensor", None, "fsdp"),
+        "layers.attention.o": PartitionSpec(None, "fsdp", "tensor", None),
         "layers.attention.q_bias": bias,
         "layers.attention.k_bias": bias,
         "layers.attention.v_bias": bias,
-        "layers.ff.gate": PartitionSpec(None, "fsdp", "tensor"),
-        "layers.ff.up": PartitionSpec(None, "fsdp", "tensor"),
-        "layers.ff.down": PartitionSpec(None, "tensor", "fsdp"),
+        "layers.ff.gate": PartitionSpec(None, "tensor", "fsdp"),
+        "layers.ff.up": PartitionSpec(None, "tensor", "fsdp"),
+        "layers.ff.down": PartitionSpec(None, "fsdp", "tensor"),
     }
 
 
@@ -59,18 +59,18 @@ def test_adapters_lie_like_their_matrices_and_the_rank_is_whole():
     found = mesh.shardings(abstract(2, 2, 2), MODEL, Lora(8, targets=("q_proj", "o_proj", "gate_proj")))["layers"]
     assert jax.tree.map(lambda s: s.spec, found) == {
         "attention": {
-            "q": {"a": PartitionSpec(None, "fsdp", None), "b": PartitionSpec(None, None, "tensor", None)},
-            "o": {"a": PartitionSpec(None, "tensor", None, None), "b": PartitionSpec(None, None, "fsdp")},
+            "q": {"a": PartitionSpec(None, None, "fsdp"), "b": PartitionSpec(None, "tensor", None, None)},
+            "o": {"a": PartitionSpec(None, None, "tensor", None), "b": PartitionSpec(None, "fsdp", None)},
         },
-        "ff": {"gate": {"a": PartitionSpec(None, "fsdp", None), "b": PartitionSpec(None, None, "tensor")}},
+        "ff": {"gate": {"a": PartitionSpec(None, None, "fsdp"), "b": PartitionSpec(None, "tensor", None)}},
     }
 
 
 def test_key_heads_that_do_not_divide_are_left_whole():
     """2 key heads on 4 tensor devices are replicated; the 12 query heads, 40 wide feed-forward and 32 words divide."""
     found = specs(abstract(1, 1, 4), MODEL)
-    assert found["layers.attention.q"] == PartitionSpec(None, "fsdp", "tensor", None)
-    assert found["layers.attention.k"] == found["layers.attention.v"] == PartitionSpec(None, "fsdp", None, None)
+    assert found["layers.attention.q"] == PartitionSpec(None, "tensor", None, "fsdp")
+    assert found["layers.attention.k"] == found["layers.attention.v"] == PartitionSpec(None, None, None, "fsdp")
     assert found["layers.attention.k_bias"] == PartitionSpec(None, None, None)
 
 

@@ -63,7 +63,7 @@ def test_every_array_has_its_axes(config):
     assert jax.tree.structure(axes, is_leaf=is_axes) == jax.tree.structure(shapes)
     for leaf, names in zip(jax.tree.leaves(shapes), jax.tree.leaves(axes, is_leaf=is_axes), strict=True):
         assert len(names) == leaf.ndim and all(isinstance(name, str) for name in names)
-    assert axes["layers"]["attention"]["q"] == ("layers", "embed", "heads", "head_dim")
+    assert axes["layers"]["attention"]["q"] == ("layers", "heads", "head_dim", "embed")
 
 
 def test_init_fills_the_declared_shapes():

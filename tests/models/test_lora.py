@@ -56,7 +56,7 @@ def test_other_targets_do_not_change_the_first_values():
 def test_logical_axes_name_every_axis_of_the_adapters():
     axes, adapters = lora.logical_axes(LLAMA, ALL), jax.eval_shape(lambda: lora.init(LLAMA, ALL, jax.random.key(0)))
     jax.tree.map(lambda names, x: len(names) == x.ndim or pytest.fail(f"{names} {x}"), axes, adapters, is_leaf=is_axes)
-    assert axes["layers"]["attention"]["o"] == {"a": ("layers", "heads", "head_dim", "rank"), "b": ("layers", "rank", "embed")}
+    assert axes["layers"]["attention"]["o"] == {"a": ("layers", "rank", "heads", "head_dim"), "b": ("layers", "embed", "rank")}
 
 
 def is_axes(x):
@@ -81,7 +81,7 @@ def test_merged_weights_are_rounded_once(x64):
     merged = lora.merge(base, adapters, ALL, "bfloat16")
     pair, weight = adapters["layers"]["attention"]["q"], np.asarray(base["layers"]["attention"]["q"], np.float64)
     a, b = (np.asarray(pair[k], np.float64) for k in "ab")
-    exact = weight + 6.0 / 4 * np.einsum("ldr,lrhc->ldhc", a, b)
+    exact = weight + 6.0 / 4 * np.einsum("lrd,lhcr->lhcd", a, b)
     found = np.asarray(merged["layers"]["attention"]["q"], np.float64)
     assert np.abs(found / exact - 1).max() <= 2**-8 * 1.001  # half a unit in the last of 8 places
     assert merged["embed"] is base["embed"] and merged["layers"]["ff_norm"]["scale"] is base["layers"]["ff_norm"]["scale"]
