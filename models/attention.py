@@ -250,6 +250,10 @@ def _tiles_backward(saved, do):
     dot = functools.partial(jnp.einsum, preferred_element_type=dtype)
     mean = (do.astype(dtype) * o).sum(-1)  # of the gradient of the weights, under the weights
 
+    def add(sums, tile):
+        j, *new = tile
+        return tuple(_put(x, j, x[j] + part) for x, part in zip(sums, new, strict=True)), None
+
     def one(carry, step):
         dq, dk, dv = carry
         (i, *tiles), seen = step
@@ -259,8 +263,8 @@ def _tiles_backward(saved, do):
         weights, dscores = weights.astype(q.dtype), dscores.astype(q.dtype)
         dq = _put(dq, i, dq[i] + dot("kms,ksc->kmc", dscores, k_i))
         parts = (jnp.split(dot("kms,kmc->ksc", *xs), len(tiles), 1) for xs in ((dscores, q[i]), (weights, do[i])))
-        for j, dk_j, dv_j in zip(tiles, *parts, strict=True):
-            dk, dv = _put(dk, j, dk[j] + dk_j), _put(dv, j, dv[j] + dv_j)
+        # A loop: one after another in one program, each sum reads what the one before it wrote, and XLA copies all of dk, dv.
+        (dk, dv), _ = jax.lax.scan(add, (dk, dv), (jnp.stack(tiles), *map(jnp.stack, parts)))
         return (dq, dk, dv), None
 
     gradients, _ = jax.lax.scan(one, tuple(jnp.zeros(x.shape, dtype) for x in (q, k, v)), (steps, seen))
