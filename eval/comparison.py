@@ -248,7 +248,7 @@ def scores(path: Path, folders: Sequence[Folder]) -> None:
     colours = {folder.label: report.COLOURS[place % 7] for place, folder in enumerate(folders)}  # yellow is too faint for a dot
     values = [value for _, marks, rows in groups for value in (*marks.values(), *np.ravel([*rows.values()]))]
     low, high = (min(values), max(values)) if values else (0, 100)
-    left, right = low - 0.04 * (high - low) - 1, high + 0.08 * (high - low) + 1
+    left, right = low - 0.04 * (high - low) - 1, high + 0.12 * (high - low) + 1
     figure = report.new_figure(8.5, 1.0 + 0.27 * sum(1.4 + len(rows) for _, _, rows in groups))
     axes = figure.subplots()
     axes.set_xlim(left, right)
@@ -288,15 +288,20 @@ def _means(name: str, folders: Sequence[Folder]) -> list[tuple[str, dict[str, fl
 
 
 def _marks(axes: Any, y: float, marks: Mapping[str, float], character: float) -> None:
-    """The paper's rows on one line, with the names, the last first, that find room; `character`: the width of a letter."""
-    axes.plot(list(marks.values()), [y] * len(marks), "|", color="#888888", markersize=6, markeredgewidth=1)
+    """The paper's rows on one line; a flag with a name on those, the last first, that find room.
+
+    character: the width of a letter, in units of the axis.
+    """
+    axes.plot(list(marks.values()), [y] * len(marks), "|", color="#999999", markersize=6, markeredgewidth=1)
     taken: list[tuple[float, float]] = [(axes.get_xlim()[1], np.inf)]
     for model, value in reversed(marks.items()):
         width = character * (len(model) + 2)
-        for side, begin in (("left", value), ("center", value - width / 2), ("right", value - width)):
+        for side, begin in (("left", value), ("right", value - width)):
             if all(begin + width <= other[0] or begin >= other[1] for other in taken):
                 taken.append((begin, begin + width))
-                axes.annotate(model, (value, y), (0, 5), textcoords="offset points", ha=side, fontsize=6.5, color="#777777")
+                axes.plot([value, value], [y, y - 0.75], "-", color="#999999", linewidth=1)
+                offset = (3 if side == "left" else -3, 6)
+                axes.annotate(model, (value, y), offset, textcoords="offset points", ha=side, fontsize=6.5, color="#777777")
                 break
 
 

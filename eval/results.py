@@ -90,8 +90,8 @@ BENCHMARKS = {
         ("figure 3", "accuracy", "accuracy_394", "accuracy_reachable"),
         {"accuracy": "figure 3"},
         "The paper's rows are read from Figure 3 of Tool-N1 (arXiv 2505.00024), which says neither how dialogues were shown "
-        "nor by which protocol replies were judged. Its three baselines are multiples of 1/394, so `accuracy_394` is nearest to "
-        "them; the two Tool-N1 rows are of neither 394 nor 399 tasks.",
+        "nor by which protocol replies were judged. Its three baselines are multiples of 1/394, so `accuracy_394` is nearest "
+        "to them; the two Tool-N1 rows are of neither 394 nor 399 tasks.",
     ),
     "acebench": Benchmark(
         "ACEBench",
