@@ -25,7 +25,7 @@ from eval import acebench, api_bank, bfcl, chance
 from eval.chance import ALL, Pairs
 
 AGAIN = "answer the benchmarks again: python -m eval.run --help"
-NO_REPLY = "no_reply"  # the reason of an item that a file of replies lacks
+NO_REPLY = "no_reply"  # the reason of an item that a file of replies lacks, or that a server left without an answer
 CUT = "cut off"
 UNKNOWN = "not known"
 SETTINGS = {  # of scores.json, and what a reader calls them
@@ -195,6 +195,8 @@ def remarks(folders: Sequence[Folder]) -> list[str]:
     settings = [settings_of(folder) for folder in folders]
     for setting in settings[0]:
         found += _differing(setting, {folder.label: each[setting] for folder, each in zip(folders, settings, strict=True)})
+    if told := [folder.label for folder in folders if folder.scores.get("replies") is not None]:
+        found.append(f"Of {', '.join(told)} the template and the decoding are not known: the replies were read from a file.")
     return found
 
 
@@ -211,7 +213,8 @@ def _remarks(folders: Sequence[Folder], having: Sequence[Folder], name: str) -> 
     elif len(ids) < BENCHMARKS[name].size:
         found.append(f"{plural(len(ids), 'item')} of {BENCHMARKS[name].size:,} were asked.")
     options = [folder.scores["benchmarks"][name].get("options") or {} for folder in having]
-    for option in dict.fromkeys(key for each in options for key in each if key != "limit"):  # which shows in the items
+    names = dict.fromkeys(key for each in options for key in each)
+    for option in [key for key in names if key not in ("limit", "categories")]:  # these two show in the items
         shown = {folder.label: each.get(option, UNKNOWN) for folder, each in zip(having, options, strict=True)}
         found += _differing(option, shown)
     for folder in having:
