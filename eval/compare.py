@@ -33,14 +33,14 @@ class Args:
     """One page on several models or checkpoints that answered the same benchmarks: scores with intervals, the paper's rows
     beside them, why replies are wrong, and what changed from one model to another."""
 
-    folders: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Folders that python -m eval.run --benchmarks wrote (its --out), each as DIR or, to have it called so on the page, as
-    NAME=DIR. One alone is fine: then there is a page of its scores, and nothing is set against anything."""
+    folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=]DIR ...")] = ()
+    """Folders that python -m eval.run --benchmarks wrote (its --out), each with the name that it should have on the page, if
+    that is not its own. One alone is fine: then there is a page of its scores, and nothing is set against it."""
     out: Path = Path("comparison")
     """The folder to write: comparison.md, scores.png and errors.png. What it has of an earlier comparison is replaced."""
     base: str = ""
-    """The name of the folder that all others are set against, item by item. Left out: the first. Give it where the order that
-    you want in tables and pictures is another one."""
+    """The name of the folder that all others are set against, item by item. Left out: the first. Give it where tables and
+    pictures should begin with another one."""
 
 
 def named(words: Sequence[str]) -> list[tuple[str, Path]]:
@@ -53,8 +53,8 @@ def named(words: Sequence[str]) -> list[tuple[str, Path]]:
     for word in words:
         name, equals, path = word.partition("=")
         name, path = (name, Path(path)) if equals and not Path(word).exists() else (None, Path(word))
-        if name is not None and not name.strip():
-            raise ValueError(f"{word}: no name before the equals sign: give NAME=DIR, or DIR alone")
+        if name is not None and not (name.strip() and word.partition("=")[2]):
+            raise ValueError(f"{word}: no name before the equals sign, or no folder behind it: give NAME=DIR, or DIR alone")
         found.append((name, path))
     given = Counter(name for name, _ in found if name is not None)
     if twice := [name for name, count in given.items() if count > 1]:
@@ -113,8 +113,9 @@ def show(folders: Sequence[Folder], base: Folder) -> None:
             if both:
                 cells = results.pairs(base, other, name, both, main)
                 changes = results.changes(cells, name)
-                shown = {row: comparison.points(changes[row]) for row in results.headlines(changes, name)}
-                sides = f"{cells[ALL].won:,} won, {cells[ALL].lost:,} lost, p: {comparison.p_value(cells[ALL])}"
+                shown = {row: comparison.points(changes[row]) for row in rows[0][1] if row in changes}
+                of = "" if len(both) == len(ids) else f" of {len(both):,}"
+                sides = f"{cells[ALL].won:,} won, {cells[ALL].lost:,} lost{of}, p: {comparison.p_value(cells[ALL])}"
                 rows.append((f"{other.label} - {base.label}", shown | {"": sides}))
         widths = [max(map(len, column)) for column in zip_longest(*(shown.values() for _, shown in rows), fillvalue="")]
         lines = [(printable(label), _columns(shown.values(), widths)) for label, shown in rows]

@@ -126,7 +126,9 @@ def read(label: str, path: Path) -> Folder:
         raise NotADirectoryError(f"{path}: no such folder: give one that python -m eval.run --benchmarks ... --out wrote")
     file = path / "scores.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{path}: no scores.json, so the evaluation has not ended: let the same command run again")
+        raise FileNotFoundError(
+            f"{path}: no scores.json: give a folder that eval.run wrote, after its end: the same command goes on"
+        )
     try:
         scores = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -194,7 +196,8 @@ def remarks(folders: Sequence[Folder]) -> list[str]:
             found += [f"{benchmark.title}: {text}" for text in _remarks(folders, having, name)]
     settings = [settings_of(folder) for folder in folders]
     for setting in settings[0]:
-        found += _differing(setting, {folder.label: each[setting] for folder, each in zip(folders, settings, strict=True)})
+        values = {folder.label: each[setting] for folder, each in zip(folders, settings, strict=True)}
+        found += _differing(setting, {label: value for label, value in values.items() if value != UNKNOWN})
     if told := [folder.label for folder in folders if folder.scores.get("replies") is not None]:
         found.append(f"Of {', '.join(told)} the template and the decoding are not known: the replies were read from a file.")
     return found
@@ -228,7 +231,7 @@ def _remarks(folders: Sequence[Folder], having: Sequence[Folder], name: str) -> 
 
 
 def _differing(what: str, values: Mapping[str, Any]) -> list[str]:
-    if len({json.dumps(value, sort_keys=True) for value in values.values()}) == 1:
+    if len({json.dumps(value, sort_keys=True) for value in values.values()}) < 2:
         return []
     return [f"{what}: " + ", ".join(f"{value} in {label}" for label, value in values.items()) + "."]
 

@@ -152,6 +152,7 @@ def test_how_replies_came_is_told_and_of_a_file_nothing_more_is_known(tmp_path):
         ["by our sampler", 0.0, 64, "t1"], ["from a file", *["not known"] * 3], ["by an endpoint", 0.0, 64, "t1"],
     ]  # fmt: skip
     notes = results.remarks(read)
+    assert not [note for note in notes if note.startswith(("temperature", "template"))]  # ours and the served one have the same
     assert "replies: by our sampler in ours, from a file in file, by an endpoint in served." in notes
     assert notes[-1] == "Of file the template and the decoding are not known: the replies were read from a file."
     assert "BFCL: 1 item of file is without a reply; wrong in scores, in no pair." in notes
@@ -187,6 +188,15 @@ def test_pairs_are_counted_and_changed_items_listed(tmp_path):
     assert cells(table, "`simple_python_9`") == ["simple python", "no call → correct"]
     assert table.count(" → ") == 6 + 3 + 2  # changed ones, and of these three won and two lost quoted
     assert "| `simple_python_8` |" not in table and "`simple_python_9`, no call → correct\n" in table
+
+
+def test_a_pair_has_all_items_that_its_two_folders_share(tmp_path, capsys):
+    a, b = (wrote(tmp_path / name, rows=some(["correct", name, name])) for name in ("no_call", "correct"))
+    page = ran(tmp_path, a, b, wrote(tmp_path / "c", rows=some(["correct"])))
+    assert cells(page, "simple python")[0].endswith(" 1/1")
+    assert cells(page[page.index("## correct against no_call") :], "simple python")[3:5] == ["2", "0"]
+    said = capsys.readouterr().out
+    assert "BFCL, 1 item: all items" in said and "2 won, 0 lost of 3, p: 0.5000" in said and "0 won, 0 lost, p: 1.0000" in said
 
 
 def test_the_base_is_the_first_or_the_one_that_is_named(tmp_path):
@@ -285,8 +295,9 @@ def test_folders_are_called_by_as_much_of_their_path_as_tells_them_apart(tmp_pat
     assert labels(tmp_path / "x", tmp_path / "x", "x=y", tmp_path / "x") == ["x 2", "x 3", "x", "x 4"]
     (tmp_path / "lr=3").mkdir()
     assert labels(tmp_path / "lr=3", f"mine={tmp_path / 'lr=3'}") == ["lr=3", "mine"]
-    with pytest.raises(ValueError, match="=d: no name before the equals sign"):
-        labels("=d")
+    for word in ("=d", "n="):
+        with pytest.raises(ValueError, match=f"{word}: no name before the equals sign, or no folder behind it"):
+            labels(word)
     with pytest.raises(ValueError, match="n=...: two folders have this name"):
         labels("n=a", "n=b")
 
@@ -323,7 +334,7 @@ def test_what_cannot_be_compared_is_one_clear_line(tmp_path):
     with pytest.raises(NotADirectoryError, match="nowhere: no such folder: give one that"):
         ran(tmp_path, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="empty: no scores.json, so the evaluation has not ended"):
+    with pytest.raises(FileNotFoundError, match="empty: no scores.json: give a folder that eval.run wrote, after its end"):
         ran(tmp_path, good, tmp_path / "empty")
     bad = wrote(tmp_path / "bad", rows=some(["correct"]))
     for text, message in {
