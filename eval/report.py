@@ -1,4 +1,7 @@
-"""What a study leaves for a reader: its table, the final accuracy of every run, and validation accuracy by step."""
+"""What a study leaves for a reader: its table, the final accuracy of every run, and validation accuracy by step.
+
+new_figure, plain, save, COLOURS and write are what every page with pictures of this folder is made with.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
     from eval.study import Study
 
+# Of Okabe and Ito: told apart with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
@@ -94,7 +98,7 @@ def accuracy(path: Path, labels: Mapping[str, str], outcomes: Outcomes) -> None:
 
     Right calls, with a thought or without, as benchmarks judge; else rows that do not think would be 0 by the format.
     """
-    figure = _figure(9, 1.0 + 0.45 * len(labels))
+    figure = new_figure(9, 1.0 + 0.45 * len(labels))
     axes = figure.subplots()
     for place, name in enumerate(labels):
         found = [outcome.scores for outcome in _of(outcomes, name) if outcome.scores]
@@ -113,13 +117,13 @@ def accuracy(path: Path, labels: Mapping[str, str], outcomes: Outcomes) -> None:
     once = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if once:
         figure.legend(once.values(), once.keys(), loc="outside upper right", ncols=2, frameon=False, fontsize=9)
-    _plain(axes)
-    _save(figure, path)
+    plain(axes)
+    save(figure, path)
 
 
 def curves(path: Path, labels: Mapping[str, str], runs: Mapping[str, Sequence[Path]]) -> None:
     """Validation accuracy by step: the mean over seeds, and a band from the lowest to the highest. `runs`: folders, by row."""
-    figure = _figure(8.5, 4.5)
+    figure = new_figure(8.5, 4.5)
     axes = figure.subplots()
     for place, (name, folders) in enumerate(runs.items()):
         points: dict[int, list[float]] = {}
@@ -138,23 +142,26 @@ def curves(path: Path, labels: Mapping[str, str], runs: Mapping[str, Sequence[Pa
         axes.legend(frameon=False, fontsize=9)
     axes.set_xlabel("step of reinforcement learning")
     axes.set_ylabel("validation accuracy (%), by the reward of the run")
-    _plain(axes)
-    _save(figure, path)
+    plain(axes)
+    save(figure, path)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure; sizes in inches."""
     from matplotlib.figure import Figure  # half a second, and only here
 
     return Figure(figsize=(width, height), dpi=130, layout="constrained")  # not pyplot's: no global state
 
 
-def _plain(axes: Any) -> None:
+def plain(axes: Any) -> None:
+    """No frame, a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="both", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """A PNG, whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     partial = path.with_name(path.name + ".tmp.png")
