@@ -132,6 +132,17 @@ def test_gradient_of_packed_equals_that_of_the_dense_mask(x64, groups):
         np.testing.assert_allclose(grad, want, rtol=0, atol=1e-10)
 
 
+def test_gradient_of_packed_copies_no_sum_in_its_loop():
+    """In the compiled text: sums of the gradients of keys and values are added to in place."""
+    t, tile = 48, (4, 3)
+    layout, _ = lay_out(FIVE + TWO, t, tile)
+    shapes = [jax.ShapeDtypeStruct((1, t, heads, C), jnp.float32) for heads in (H, K, K)]
+    text = jax.jit(jax.grad(lambda *x: attention.packed(*x, layout).sum(), (0, 1, 2))).lower(*shapes).compile().as_text()
+    sums = f"f32[{t // tile[1]},{K},{tile[1]},{C}]"
+    assert sums in text
+    assert sum(" copy(" in line and f"= {sums}" in line for line in text.splitlines()) <= 2  # zeros, before the loop
+
+
 def test_gradient_of_packed_is_finite_where_every_key_is_masked():
     layout, _ = lay_out([], 4, count=2)
     qkv = tuple(jnp.asarray(x, jnp.float32) for x in draw(np.random.default_rng(5), 1, 4))
