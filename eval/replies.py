@@ -64,7 +64,8 @@ def assigned(path: Path, replies: Sequence[Reply], ids: Mapping[str, Set[str]]) 
         names = [name for name in ids if reply.benchmark in (None, name) and reply.id in ids[name]]
         where = f"{path}:{reply.line}: id {reply.id!r}"
         if not names:
-            raise ValueError(f"{where} is no item of {reply.benchmark or ' or '.join(ids)}: mend it, or take the line out")
+            of = reply.benchmark or " or ".join(ids)
+            raise ValueError(f'{where} is no item of {of}: mend it, or, if it is another\'s, name that as "benchmark"')
         if len(names) > 1:
             raise ValueError(f'{where} is an item of {" and ".join(names)}: say which in the line, as "benchmark"')
         if (names[0], reply.id) in found:
