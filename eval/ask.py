@@ -243,7 +243,7 @@ class Watch:
         columns = (text("{task.description}"), progress.BarColumn(), text("{task.fields[numbers]}"))
         silent = not console.CONSOLE.is_terminal
         self._bar = progress.Progress(*columns, *times, console=console.CONSOLE, transient=True, disable=silent)
-        self._task = self._bar.add_task("reading prompts", total=None, numbers=self._numbers())
+        self._task = self._bar.add_task("preparing", total=None, numbers=self._numbers())
         self._said = time.monotonic()
         results.added = self._count
 

@@ -67,6 +67,7 @@ class Args:
     """What a model makes of benchmarks of tool calls (BFCL, API-Bank, ACEBench), or of rows of your own: responses and scores.
 
     python -m eval.run --model DIR --benchmarks bfcl --out scores/bfcl
+
     python -m eval.run --model DIR --data.path rows.jsonl --out scores/rows
 
     An evaluation on benchmarks that was stopped goes on with the same command.
@@ -100,7 +101,7 @@ class Args:
     server: Server = Server()
     max_response_tokens: int | None = None
     """A response that reaches this length is stopped, and mostly wrong. Left out: what the run trained with, where --model is
-    one of reinforcement learning; else what the longest of the rows, or half, leaves of the model's context, at most 4096.
+    one of reinforcement learning; else half of the model's context, or of rows what the longest leaves of it; at most 4096.
     Lower it for speed, the same for all models that you compare."""
     samples: int = 0
     """Of rows: also draw so many responses to each. How many of them are right tells how sure a model is, where the greedy ones

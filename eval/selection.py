@@ -22,8 +22,8 @@ class Bfcl:
     """Which <tool_call> block of a reply counts. first: as in the paper's own evaluation; last: as in the reward of training,
     for models that write more than one."""
     system_messages: bool = True
-    """Show the system messages that 49 live items have. Leave them out to ask as the paper's own evaluation did, which
-    overwrote them; say which, where you report."""
+    """49 live items have a system message, which is shown at the end of our own. With no_ it is left out, as in the paper's own
+    evaluation, which overwrote it; say which, where you report."""
 
 
 @dataclass(frozen=True)
