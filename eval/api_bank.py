@@ -27,7 +27,8 @@ from data.example import make
 from eval.benchmark import Item
 from grpo_jax.reward import Scored, judge, parse_calls
 
-CATEGORIES = ("call", "call_book_hotel", "call_undescribed_argument")
+SIZES = {"call": 386, "call_book_hotel": 5, "call_undescribed_argument": 8}
+CATEGORIES = tuple(SIZES)
 LAYOUTS = ("one_message", "turns")
 PAPER = {  # percent; read from Figure 3 of Tool-N1 (arXiv 2505.00024)
     "LLaMA-3.1-Base-8B": 60.41,
@@ -96,14 +97,15 @@ def verdict(text: str, item: Item) -> Scored:
 
 def aggregates(counts: Mapping[str, tuple[float, int]]) -> dict[str, float]:
     """Shares from {category: (right, all)}, of one protocol: over all tasks (of `toolrl`, this is ToolRL's number), without
-    BookHotel (accuracy_394) and without the undescribed arguments (accuracy_reachable). Of categories that are not there,
-    nothing is counted; what no task is left for, is left out."""
+    BookHotel (accuracy_394) and without the undescribed arguments (accuracy_reachable). Of part of a category, that part stands
+    for the whole. Of categories that are not there, nothing is counted; what no task is left for, is left out."""
     without = {"accuracy": None, "accuracy_394": CATEGORIES[1], "accuracy_reachable": CATEGORIES[2]}
     shares = {}
     for name, left_out in without.items():
-        used = [pair for category, pair in counts.items() if category != left_out]
-        if total := sum(count for _, count in used):
-            shares[name] = sum(right for right, _ in used) / total
+        used = {category: pair for category, pair in counts.items() if category != left_out and pair[1]}
+        if used:
+            right = sum(right * SIZES[category] / count for category, (right, count) in used.items())
+            shares[name] = right / sum(SIZES[category] for category in used)
     return shares
 
 

@@ -117,12 +117,11 @@ def package() -> Package:
 
 def items(
     categories: Sequence[str] = CATEGORIES,
-    limit: int | None = None,
     *,
     system_messages: bool = True,
     block: str = "first",
 ) -> list[Item]:
-    """The tasks of some categories, of each the first `limit`.
+    """The tasks of some categories, in their order and that of the files.
 
     system_messages: whether the system messages of 49 live entries are part of the task. Our prompt puts them at the end of its
     own; the handler that Tool-N1 released overwrites them. block: which `<tool_call>` block of a reply counts, "first" or
@@ -136,7 +135,7 @@ def items(
             raise ValueError(f"unknown BFCL category {category!r}: did you mean {near!r}? Known: {', '.join(CATEGORIES)}")
     if block not in ("first", "last"):
         raise ValueError(f"unknown block {block!r}: 'first' or 'last'")
-    return [item for category in categories for item in _items(category, system_messages, block)[:limit]]
+    return [item for category in categories for item in _items(category, system_messages, block)]
 
 
 def _items(category: str, system_messages: bool, block: str) -> list[Item]:
@@ -183,6 +182,12 @@ def calls_of(text: str, block: str = "first") -> list[dict[str, Any]] | None:
         return None
     calls = [{call["name"]: call["arguments"]} for call in calls]
     return calls if _is_shallow(calls) else None
+
+
+def calls(text: str, item: Item) -> list[dict[str, Any]] | None:
+    """The same as {"name", "arguments"}, of the block that counts for the item."""
+    found = calls_of(text, item.given["block"])
+    return None if found is None else [{"name": name, "arguments": given} for call in found for name, given in call.items()]
 
 
 def check(*args: Any) -> dict[str, Any]:

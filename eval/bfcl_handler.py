@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from data import command_line
 from eval import bfcl
+from eval import replies as replies_of
 from grpo_jax import config
 
 INSTALL = "pip install -e '.[eval]'"
@@ -33,7 +34,8 @@ class Args:
     """Scores replies to BFCL by the official runner, and says whether eval.bfcl agrees on each."""
 
     responses: Path
-    """A JSONL file whose lines have "id", the benchmark's own, and "text", the reply. Other benchmarks' ids are passed over."""
+    """A JSONL file whose lines have "id", the benchmark's own, and "output" or "text", the reply, as in bfcl.jsonl of
+    eval.run. Other benchmarks' ids are passed over."""
     out: Path
     """A new folder, for result/ and score/ of the official program."""
     block: Literal["first", "last"] = "first"
@@ -55,20 +57,8 @@ class Handler:
 
 
 def read(path: Path) -> dict[str, str]:
-    """The replies of a file, by id. Raises FileNotFoundError, and ValueError for a line that is none or an id that is twice."""
-    replies: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name, text = row["id"], row["text"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f'{path}:{number}: not a reply ({error}): a line is {{"id": ..., "text": ...}}') from error
-        if not isinstance(name, str) or not isinstance(text, str) or name in replies:
-            raise ValueError(f"{path}:{number}: id {name!r}: id and text are strings, and an id stands once")
-        replies[name] = text
-    return replies
+    """The replies of a file, by id, without those whose line names another benchmark. Errors as in eval.replies."""
+    return {reply.id: reply.output for reply in replies_of.read(path) if reply.benchmark in (None, "bfcl")}
 
 
 def write(replies: Mapping[str, str], categories: Mapping[str, str], folder: Path) -> None:

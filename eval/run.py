@@ -1,9 +1,7 @@
-"""What a model makes of tasks it was not trained on: greedy responses, verdicts, scores. `python -m eval.run --help`
+"""What a model makes of tasks it was not trained on: responses, verdicts, scores. `python -m eval.run --help`
 
-    open_model    a Hugging Face folder, a hub id or a finished run -> Model, on this host's devices
-    respond       Model and Examples -> Responses, by the sampler and the prompt of training
-    judged        Examples, Responses and a verdict (a grpo_jax.reward.Reward) -> Answers
-    summarize     Answers -> what scores.json has of them
+    rows of data      respond (eval.answer) -> judged, by the reward of training -> summarize -> scores.json
+    benchmarks        eval.ask
 
 A benchmark is Examples and a verdict.
 """
@@ -13,79 +11,110 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 from rich import progress
 
-from data import command_line, demo, jsonl, prompt
+from data import command_line, demo, jsonl
 from data.command_line import plural
 from data.example import Example
-from eval import report
-from grpo_jax import batch, checkpoint, config, console, hosts, inputs, mesh, reward, rollout
-from grpo_jax.inputs import Policy, Task
+from eval import ask, report
+from eval.answer import TOO_LONG, Model, open_model, respond, response_tokens, room_for_prompt, template_of
+from eval.selection import AceBench, ApiBank, Bfcl
+from grpo_jax import checkpoint, config, console, inputs, reward
 from grpo_jax.reward import Response, Reward
-from grpo_jax.rollout import Sampling
-from grpo_jax.run import cache_compilations, free_memory
-from models.decoder import Params
+from grpo_jax.run import cache_compilations
 
 DEMO_ROWS = 256
-MOST_TOKENS = 4096  # of a response, where neither a run nor the user says how many
+SAMPLES_AT = 0.7  # the temperature of training
 _DEMO_SEED = 1  # runs on the demo's tasks validate on those of seed 0
-TOO_LONG = "prompt_too_long"  # the reason of a task that the model's context has no room for; it counts as wrong
 
 
 @dataclass(frozen=True)
 class Data:
-    path: str
+    path: str = ""
     """Rows to answer: a JSONL, JSON or Parquet file, a folder of them, a hub id; or `demo`, held-out tasks that the program
     makes, others than a run validates on."""
     template: str | None = None
-    """A text file that replaces the built-in thinking template. Left out: that of the run, where --model is one."""
+    """A text file that replaces the built-in thinking template, of rows and of benchmarks. Left out: that of the run, where
+    --model is one."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """Of --endpoint."""
+
+    concurrency: int = 16
+    """Requests under way at once. Raise it until the rate grows no more or the server limits it; for a server of your own, as
+    many as it batches."""
+    timeout: float = 300.0
+    """Seconds from a request to the end of its answer; then it is asked again. Raise it for long thoughts, or a busy server."""
+    retries: int = 8
+    """Times that a request is tried again after an error that may pass: rate limits, 5xx, no connection, no answer, rubbish."""
+    key_env: str = "OPENAI_API_KEY"
+    """The environment variable with the server's key. It may be unset, for a server that wants none."""
+    body: str = "{}"
+    """More fields of a request, as a JSON object: '{"reasoning_effort": "low"}'. null takes one of ours out, for models that
+    refuse it: '{"temperature": null, "max_tokens": null, "max_completion_tokens": 4096}'."""
 
 
 @dataclass(frozen=True)
 class Args:
-    """Greedy responses of a model to rows of tool calls, each with its verdict, and the scores."""
+    """What a model makes of benchmarks of tool calls (BFCL, API-Bank, ACEBench), or of rows of your own: responses and scores.
 
-    model: str
-    """A Hugging Face folder, a hub id, or the folder of a finished run."""
-    data: Data
+    python -m eval.run --model DIR --benchmarks bfcl --out scores/bfcl
+
+    python -m eval.run --model DIR --data.path rows.jsonl --out scores/rows
+
+    An evaluation on benchmarks that was stopped goes on with the same command.
+    """
+
     out: Path
-    """The folder to write: responses.jsonl (and samples.jsonl) with verdicts, each as soon as it is whole, and scores.json."""
+    """The folder to write. Of benchmarks: NAME.jsonl, a line an item as soon as it is answered, scores.json, scores.md; of
+    rows: responses.jsonl (and samples.jsonl) with verdicts, each as soon as it is whole, and scores.json."""
+    model: str = ""
+    """A Hugging Face folder, a hub id, or the folder of a finished run. With --endpoint: the model's name there; with
+    --replies: a name for the scores, if you like."""
+    data: Data = Data()
+    benchmarks: str | None = None
+    """bfcl, api_bank, acebench, or several with commas between. BFCL comes with a package, the others' files are yours to
+    fetch; what is missing is said, with the command."""
+    categories: str | None = None
+    """Some categories of the benchmarks, with commas between, for a look at one kind of task. Means that need others, too, are
+    left out."""
     limit: int | None = None
-    """Rows to answer, at most: of a file's, some by a fixed shuffle; of the demo's, 256 if left out."""
+    """For a first look. Of benchmarks: items of each category, at most, in equal steps over its file, the same ones each time.
+    Of rows: so many in all; of a file's, some by a fixed shuffle; of the demo's, 256 if left out."""
+    bfcl: Bfcl = Bfcl()
+    api_bank: ApiBank = ApiBank()
+    acebench: AceBench = AceBench()
+    replies: Path | None = None
+    """Judge replies to benchmarks that were made elsewhere, without a model: JSON lines of {"id": ..., "output": ...}, and
+    "benchmark" where two have the id. What it lacks counts as wrong. The files NAME.jsonl of this program are such files."""
+    endpoint: str | None = None
+    """Put benchmarks to a server of OpenAI's /chat/completions (vLLM, SGLang, llama.cpp, a provider) instead of loading a
+    model, with the same prompts and verdicts: http://localhost:8000/v1."""
+    server: Server = Server()
     max_response_tokens: int | None = None
     """A response that reaches this length is stopped, and mostly wrong. Left out: what the run trained with, where --model is
-    one of reinforcement learning; else what the longest prompt leaves of the model's context, at most 4096. Lower it for
-    speed, the same for all models that you compare."""
+    one of reinforcement learning; else half of the model's context, or of rows what the longest leaves of it; at most 4096.
+    Lower it for speed, the same for all models that you compare."""
     samples: int = 0
-    """Also draw so many responses to each row. How many of them are right tells how sure a model is, where the greedy ones of
-    two models are alike."""
-    temperature: float = 0.7
-    """Of --samples. Take that of training (0.7, unless you changed it), to see what it learns from; other temperatures give
+    """Of rows: also draw so many responses to each. How many of them are right tells how sure a model is, where the greedy ones
+    of two models are alike."""
+    temperature: float | None = None
+    """Of benchmarks: 0 if left out, the most likely reply, as published numbers mostly are; above, drawn, the same each time.
+    Of --samples: 0.7 if left out, as in training (unless you changed it), to see what it learns from; other temperatures give
     scores that do not compare."""
     rows: int | None = None
     """Responses decoded at once. Left out: what the device's memory holds (128 on a CPU). Lower it where memory runs out."""
     tensor: int | None = None
     """Devices that share one copy of the weights, a divisor of this host's. Left out: as few as hold it. Raise it where memory
     runs out at the least --rows, or to answer few rows sooner."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model that is ready to answer."""
-
-    policy: Policy
-    params: Params  # by layer, in the compute dtype
-    local: Mesh
-    free: int | None  # bytes of a device beside the weights; None: not known
-    fingerprint: str  # of the weights
 
 
 @dataclass(frozen=True)
@@ -99,82 +128,6 @@ class Answer:
     verdict: float  # what the verdict function gives; 1 is right
     reason: str
     calls: bool  # whether the calls are right, with a think block or without
-
-
-def open_model(path: str, tensor: int | None = None) -> Model:
-    """Loads it; `path` as in `inputs.model_folder`. Raises ValueError or FileNotFoundError for what does not fit."""
-    policy = inputs.load_policy(path)
-    dtype = inputs.compute_dtype(config.Learner())
-    tensor = tensor or mesh.rollout_tensor(policy.model, dtype, jax.local_device_count(), hosts.memory())
-    try:
-        local = mesh.local(tensor)
-        mesh.shardings(local, policy.model, section="rollout")  # refuses what does not divide
-    except ValueError as error:
-        raise ValueError(str(error).replace("--rollout.tensor", "--tensor")) from None
-    free = free_memory(policy.model, dtype, local)
-    stored = inputs.load_params(policy, local, None)
-    print_of_weights = checkpoint.fingerprint(checkpoint.checksums(stored))
-    return Model(policy, mesh.host_copy(stored, policy.model, dtype, tensor), local, free, print_of_weights)
-
-
-def respond(
-    model: Model,
-    examples: Sequence[Example],
-    template: str | None = None,
-    max_response_tokens: int = MOST_TOKENS,
-    *,
-    samples: int = 1,
-    temperature: float = 0.0,
-    rows: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[list[Response]]:
-    """`samples` responses to each example, in their order; none where its prompt leaves no room for them.
-
-    `template` is the text of one, as `data.prompt.load_template` returns it. At temperature 0, the default, greedy; above,
-    the same ones each time (of seed 0).
-    """
-    policy, room = model.policy, room_for_prompt(model.policy, max_response_tokens)
-    encoded = [np.array(prompt.encode(example, policy.tokenizer, template), np.int32) for example in examples]
-    fit = [i for i, ids in enumerate(encoded) if len(ids) <= room]
-    tasks = [Task(examples[i], encoded[i]) for i in fit]
-    longest = max((len(task.prompt) for task in tasks), default=1)
-    learner, sampling = config.Learner(), Sampling(policy.end_tokens, samples, max_response_tokens, temperature)
-    dtype, shards = inputs.compute_dtype(learner), mesh.shards(model.local)
-    found, cache = rollout.pool_size(policy.model, dtype, sampling, longest, model.free, shards)
-    groups, _ = rollout.sample(
-        policy.model,
-        model.params,
-        [task.prompt for task in tasks],
-        replace(sampling, rows=rows or found, cache_bytes=cache),
-        mesh=model.local,
-        kernel=inputs.attention_kernel(learner, policy.model),
-        progress=progress,
-    )
-    # A reward that hands back what it is given: so the texts are those that training scores.
-    _, read = batch.score(policy, tasks, groups, lambda responses, example: responses)
-    by_place = dict(zip(fit, read, strict=True))
-    return [by_place.get(i, []) for i in range(len(examples))]
-
-
-def room_for_prompt(policy: Policy, max_response_tokens: int) -> int:
-    """Tokens of the context that responses leave. Raises ValueError for none."""
-    room = policy.model.max_positions - max_response_tokens
-    if room < 1:
-        raise ValueError(
-            f"--max_response_tokens {max_response_tokens:,} leaves no room for a prompt: {policy.path} is made for "
-            f"{policy.model.max_positions:,} tokens; lower it"
-        )
-    return room
-
-
-def response_tokens(path: str, policy: Policy, examples: Sequence[Example], template: str) -> int:
-    """--max_response_tokens where it is left out. A prompt of more than half the context is no reason to stop all others."""
-    file = Path(path) / "config.json"
-    if (Path(path) / "hf").is_dir() and file.is_file() and (rollout := json.loads(file.read_text()).get("rollout")):
-        return rollout["max_response_tokens"]
-    longest = max(len(prompt.encode(example, policy.tokenizer, template)) for example in examples)
-    context = policy.model.max_positions
-    return min(MOST_TOKENS, max(context - longest, context // 2))
 
 
 def judged(examples: Sequence[Example], responses: Sequence[Sequence[Response]], verdict: Reward) -> list[Answer]:
@@ -212,30 +165,59 @@ def examples_of(path: str, limit: int | None) -> jsonl.Loaded:
     return replace(loaded, examples=jsonl.split(loaded.examples, 0.0, 0)[0][:limit])
 
 
-def template_of(args: Args) -> str:
-    """The text of the template: the one given, else that of the run, else the demo's for the demo's tasks."""
-    path, file = args.data.template, Path(args.model) / "config.json"
-    if path is None and (Path(args.model) / "hf").is_dir() and file.is_file():
-        path = json.loads(file.read_text())["data"]["template"]
-    elif path is None and args.data.path == "demo":
-        path = str(config.DEMO_TEMPLATE)
-    return prompt.load_template(path)
-
-
 def run(args: Args) -> dict[str, Any]:
-    """Answers the rows, writes both files and returns the scores."""
+    """Answers benchmarks or rows, writes the files and returns the scores."""
+    check(args)
+    return ask.run(args) if args.benchmarks is not None else on_rows(args)
+
+
+def check(args: Args) -> None:
+    """Refuses what is out of its range or goes unread."""
     for name in ("limit", "max_response_tokens", "rows", "tensor"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: give a number from 1 on")
-    if args.samples < 0 or not args.temperature > 0:
-        raise ValueError(f"--samples {args.samples} --temperature {args.temperature}: give a number from 0 on, and one above 0")
+    for name, least in (("concurrency", 1), ("retries", 0)):
+        if (value := getattr(args.server, name)) < least:
+            raise ValueError(f"--server.{name} {value}: give a number from {least} on")
+    if not 0 < args.server.timeout < float("inf"):
+        raise ValueError(f"--server.timeout {args.server.timeout}: give a number of seconds above 0")
+    if args.samples < 0:
+        raise ValueError(f"--samples {args.samples}: give a number from 0 on")
+    if args.temperature is not None and not (0 if args.benchmarks else 1e-9) <= args.temperature < float("inf"):
+        raise ValueError(f"--temperature {args.temperature}: give a number {'from 0 on' if args.benchmarks else 'above 0'}")
     if args.tensor and jax.local_device_count() % args.tensor:
         raise ValueError(
             f"--tensor {args.tensor}: give a number that divides the {plural(jax.local_device_count(), 'device')} of this host"
         )
+    if (args.benchmarks is None) == (not args.data.path):
+        raise ValueError("give either --benchmarks bfcl,api_bank,acebench or --data.path, rows of your own")
+    if args.replies and args.endpoint:
+        raise ValueError("--replies and --endpoint: give one of the two")
+    if not (args.model or args.replies):
+        raise ValueError("--model is missing: give a folder, a hub id or a finished run (with --endpoint: its name there)")
+    own = {"bfcl": Bfcl(), "api_bank": ApiBank(), "acebench": AceBench()}
+    unread = {
+        "--data.path": {"categories": None, "replies": None, "endpoint": None, **own},
+        "--benchmarks": {"samples": 0},
+        "--replies": {"max_response_tokens": None, "temperature": None, "rows": None, "tensor": None},
+        "--endpoint": {"rows": None, "tensor": None},
+    }
+    given = (args.data.path, args.benchmarks, args.replies, args.endpoint)
+    for (option, names), value in zip(unread.items(), given, strict=True):
+        for name, off in names.items():
+            if value and getattr(args, name) != off:
+                raise ValueError(f"--{name} is not read with {option}: leave it out")
     if args.out.exists() and not args.out.is_dir():
         raise FileExistsError(f"--out {args.out}: this is a file: give a folder")
-    template, loaded = template_of(args), examples_of(args.data.path, args.limit)
+
+
+def on_rows(args: Args) -> dict[str, Any]:
+    """Answers rows by greedy responses, and by --samples, judged by the reward of training."""
+    if (args.out / "settings.json").exists():
+        raise ValueError(f"{args.out}: holds an evaluation on benchmarks: give another --out")
+    template = template_of(args.model, args.data.template, demo=args.data.path == "demo")
+    temperature = SAMPLES_AT if args.temperature is None else args.temperature
+    loaded = examples_of(args.data.path, args.limit)
     examples = loaded.examples
     if loaded.dropped:
         why = ", ".join(f"{reason} {count:,}" for reason, count in loaded.dropped.items())
@@ -252,13 +234,13 @@ def run(args: Args) -> dict[str, Any]:
         (args.out / name).unlink(missing_ok=True)
     _write(args.out / "responses.jsonl", greedy)
     if args.samples:
-        sampled = _answers(args, model, examples, template, args.samples, args.temperature)
+        sampled = _answers(args, model, examples, template, args.samples, temperature)
         _write(args.out / "samples.jsonl", sampled)
     if missing := sum(answer.reason == TOO_LONG for answer in greedy):
         console.warn(f"too long for the model, and counted as wrong: {missing:,} of {plural(len(examples), 'prompt')}")
     scores = {"rows": len(examples), "dropped": loaded.dropped, **summarize(greedy)}
     if args.samples:
-        scores["sampled"] = {"samples": args.samples, "temperature": args.temperature, **summarize(sampled)}
+        scores["sampled"] = {"samples": args.samples, "temperature": temperature, **summarize(sampled)}
     scores |= {
         "model": args.model,
         "model_fingerprint": model.fingerprint,

@@ -290,13 +290,14 @@ def identity(settings: Any, policy: Policy, tasks: Tasks) -> dict[str, str]:
     ids = [[task.example.id, task.prompt.tolist()] for task in tasks.validation]
     return {
         "their options": checkpoint.fingerprint(plain),
-        "--model.path (the tokenizer)": _tokenizer(policy),
+        "--model.path (the tokenizer)": tokenizer_fingerprint(policy),
         "--data.path": tasks.fingerprint(),
         "--data.validation_path": checkpoint.fingerprint(ids),
     }
 
 
-def _tokenizer(policy: Policy) -> str:
+def tokenizer_fingerprint(policy: Policy) -> str:
+    """Of its words and its chat template."""
     return checkpoint.fingerprint([policy.tokenizer.get_vocab(), policy.tokenizer.chat_template])
 
 
@@ -304,6 +305,6 @@ def fingerprints(policy: Policy, params: Params, tasks: Tasks) -> dict[str, str]
     """What a resumed run must find unchanged besides its config; kept in every checkpoint."""
     return {
         "data": tasks.fingerprint(),
-        "tokenizer": _tokenizer(policy),
+        "tokenizer": tokenizer_fingerprint(policy),
         "initial_weights": checkpoint.fingerprint(checkpoint.checksums(params)),
     }

@@ -136,6 +136,7 @@ def sample(
     attempts: Sequence[int] | None = None,
     lengths: Sequence[Sequence[int]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    finished: Callable[[int, Group], None] = lambda index, group: None,
 ) -> tuple[list[Group], Usage]:
     """Samples `group_size` responses to each prompt (int32 ids [P]); returns the groups in the order of the prompts.
 
@@ -145,8 +146,8 @@ def sample(
     other samples the second time ("attempt" in its key): `attempts` [N], by default counted within the call, are those of a
     batch of which these prompts are a part. `kernel` is that of learning (grpo_jax.inputs.attention_kernel); prompts take it
     where it is a fused one. `lengths` [N][G], for benchmarks and tests, imposes the tokens of each response: it is cut there,
-    an end token before does not end it. Raises ValueError for an empty prompt and for a length outside of
-    1 ... max_response_tokens.
+    an end token before does not end it. `finished` gets each group, and the place of its prompt, as soon as its last response
+    has ended. Raises ValueError for an empty prompt and for a length outside of 1 ... max_response_tokens.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} is empty: a response needs a token to follow")
@@ -159,14 +160,15 @@ def sample(
     job = _job(config, params, prompts, sampling, order, (seed, step), mesh, kernel, attempts, lengths)
     g, total = sampling.group_size, len(prompts) * sampling.group_size
     book = _Book(deque((rank, j) for rank in range(len(prompts)) for j in range(g)), [g] * len(prompts))
-    pool = None
+    pool, groups = None, {}
     cut = (sampling.temperature, sampling.top_p, sampling.top_k)
     while book.live or book.waiting:
         pool = _admit(job, book, pool)
         pool, tokens, logp = _decode(config, cut, job.limits.steps, job.params, pool, _seats(job, book))
-        _collect(job, book, np.asarray(tokens), np.asarray(logp))  # waits for the device
+        for rank in _collect(job, book, np.asarray(tokens), np.asarray(logp)):  # waits for the device
+            groups[order[rank]] = _group(job, book, rank)
+            finished(order[rank], groups[order[rank]])
         progress(len(book.truncated), total)
-    groups = dict(zip(order, (_group(job, book, rank) for rank in range(len(prompts))), strict=True))
     in_order = [groups[i] for i in range(len(prompts))]
     return in_order, Usage(book.row_steps, sum(group.response_tokens for group in in_order))
 
@@ -289,9 +291,12 @@ def _seats(job: _Job, book: _Book) -> _Seats:
     return _Seats(key, length, group, RowSlots(row, slot))
 
 
-def _collect(job: _Job, book: _Book, tokens: np.ndarray, logp: np.ndarray) -> None:
-    """Adds what one call drew, [steps, B], to the responses; those that end leave the account of the live ones."""
-    steps, b = tokens.shape
+def _collect(job: _Job, book: _Book, tokens: np.ndarray, logp: np.ndarray) -> list[int]:
+    """Adds what one call drew, [steps, B], to the responses; those that end leave the account of the live ones.
+
+    Returns the prompts whose last response ended.
+    """
+    steps, ended = len(tokens), []
     book.row_steps += tokens.size
     is_end = np.isin(tokens, job.sampling.end_tokens if job.imposed is None else ())
     upto_end = np.where(is_end.any(0), is_end.argmax(0) + 1, steps + 1).tolist()
@@ -310,6 +315,8 @@ def _collect(job: _Job, book: _Book, tokens: np.ndarray, logp: np.ndarray) -> No
             book.unfinished[name[0]] -= 1
             if not book.unfinished[name[0]]:
                 del book.places[name[0]]  # the prompt's cache leaves with its last response
+                ended.append(name[0])
+    return ended
 
 
 def _group(job: _Job, book: _Book, rank: int) -> Group:

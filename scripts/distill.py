@@ -3,7 +3,7 @@
     python -m scripts.distill --data.path calls.jsonl --out reasoning.jsonl --url https://api.openai.com/v1 --model NAME
     python -m grpo_jax.sft reason --data.path reasoning.jsonl ...
 
-    rows -> `Distillation.work`, --concurrency at once -> completions.Server.ask -> `Journal`: every answer, on disk before
+    rows -> `completions.Asking`, --concurrency at once -> completions.Server.ask -> `Journal`: every answer, on disk before
             it counts -> `verdict` -> `write_rows`: --out
 
 The prompt is that of training (data.prompt), over any server that speaks OpenAI's /chat/completions. A reply is kept where the
@@ -19,12 +19,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import random
-import signal
 import sys
 import time
 from collections import Counter
@@ -38,13 +35,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data import command_line, jsonl, prompt
 from data.command_line import plural
 from data.example import Example
+from eval import completions
+from eval.completions import Answer, Asking, Server
+from eval.lines import Lines
 from grpo_jax import console, reward
 from grpo_jax.config import run_main
-from scripts import completions
-from scripts.completions import Answer, Failure, Server
 
 TRUNCATED, REFUSED = "truncated", "refused"  # verdicts beside reward.REASONS: cut at a length limit; a filter's, or a refusal
-IN_A_ROW = 10  # rows left without an answer, with no answer in between, before the program gives up
 LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 
 
@@ -103,24 +100,16 @@ class Args:
 # ---------------------------------------------------------------- what an answer is worth
 
 
-def reply_text(answer: Answer) -> str:
-    """The whole reply. A thought that the server kept apart stands before it, unless the content has one of its own."""
-    content = answer.content.strip()
-    if answer.thought.strip() and "<think>" not in content:
-        return f"{prompt.think(answer.thought)}\n{content}"
-    return content
-
-
 def verdict(answer: Answer, example: Example) -> str:
     """One of reward.REASONS, of which a reply that is kept has "correct"; or TRUNCATED or REFUSED."""
     if answer.finish in ("length", "content_filter"):
         return TRUNCATED if answer.finish == "length" else REFUSED
-    return reward.judge(reply_text(answer), example.answer, "binary").reason
+    return reward.judge(answer.text(), example.answer, "binary").reason
 
 
 def row_of(example: Example, answer: Answer) -> dict[str, Any]:
     """The row of the project's format that a kept answer becomes; read again, it is the same task (the same id)."""
-    reply = reply_text(answer)
+    reply = answer.text()
     thought = reply.partition("<think>")[2].partition("</think>")[0].strip()
     return jsonl.row_of(example) | {"reasoning": thought, "response": reply}
 
@@ -140,20 +129,11 @@ class Journal:
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         """Opens it, for this process alone. Raises ValueError where it is damaged, in use, or of other settings."""
-        self.path = path
         self.answers: dict[str, list[Answer]] = {}  # by the row's id, in the order in which they came
-        self._file = path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{path}: another process is writing it: wait for its end, or give another --out") from None
-        self._file.seek(0)
-        whole = self._file.read()
-        end = whole.rfind(b"\n") + 1
-        self._file.truncate(end)  # a kill can leave half a line behind the last whole one
-        lines = whole[:end].splitlines()
+        self._lines = Lines(path)
+        lines = self._lines.found
         if not lines:
-            self._append({"settings": settings})
+            self._lines.append({"settings": settings}, sync=True)
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
@@ -166,24 +146,19 @@ class Journal:
                 raise ValueError(f"{path}:{number}: damaged: {mended}") from None
         differ = [name for name in settings if lines and before.get(name) != settings[name]]
         if differ and not self.answers:  # of a start that was answered nothing, for a wrong --model, say
-            self._file.truncate(0)
-            self._append({"settings": settings})
+            self._lines.clear()
+            self._lines.append({"settings": settings}, sync=True)
         elif differ:
             changes = "; ".join(f"{name} was {before.get(name)}, is {settings[name]}" for name in differ)
             raise ValueError(f"{path}: its answers are to other questions ({changes}): give another --out")
 
     def add(self, example_id: str, answer: Answer) -> None:
         """Returns when the answer is on disk."""
-        self._append({"id": example_id, **asdict(answer)})
+        self._lines.append({"id": example_id, **asdict(answer)}, sync=True)
         self.answers.setdefault(example_id, []).append(answer)
 
     def close(self) -> None:
-        self._file.close()
-
-    def _append(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._lines.close()
 
 
 # ---------------------------------------------------------------- asking
@@ -198,16 +173,13 @@ class Distillation:
         self.verdicts: Counter[str] = Counter()
         self.tokens_in = self.tokens_out = 0
         self.done = 0  # rows that need no further request
-        self.left: Counter[str] = Counter()  # rows without an answer in this run, by what the server said last
-        self.problem: Failure | None = None  # why nothing more is asked
-        self.signal: int | None = None
         for example in examples:
             for answer in journal.answers.get(example.id, []):
                 self._count(example, answer)
             self.done += self._is_done(example)
+        rows = [example for example in examples if not self._is_done(example)]
+        self.asking = Asking(server, rows, args.concurrency, proven=bool(journal.answers))
         self._request = request_fields(args)
-        self._rows: list[Example] = []  # that nobody has taken yet, the first one last
-        self._left_in_a_row = 0
         self._began = time.monotonic()
 
     def _count(self, example: Example, answer: Answer) -> None:
@@ -222,76 +194,22 @@ class Distillation:
         return example.id in self.kept or len(self.journal.answers.get(example.id, [])) >= self.args.attempts
 
     async def run(self) -> None:
-        """Asks for all that is missing; returns at the end, or early with `problem` or `signal` set."""
-        self._rows = [example for example in reversed(self.examples) if not self._is_done(example)]
-        loop, both = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
-        async with self.server:
-            workers = [asyncio.create_task(self.work()) for _ in range(self.args.concurrency)]
-            shown = asyncio.create_task(self._show())
-            for one in both:
-                loop.add_signal_handler(one, self._interrupt, one, workers)
-            try:
-                await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-            finally:
-                for task in [*workers, shown]:
-                    task.cancel()
-                ended = await asyncio.gather(*workers, shown, return_exceptions=True)
-                for one in both:
-                    loop.remove_signal_handler(one)
-        for error in ended:
-            if isinstance(error, Exception):
-                raise error
+        """Asks for all that is missing; returns at the end, or early with `asking.problem` or `asking.signal` set."""
+        await self.asking.run(
+            lambda example: self._request | {"messages": prompt.messages(example, self.template)}, self._take, self._show()
+        )
 
-    def _interrupt(self, number: int, workers: Sequence[asyncio.Task]) -> None:
-        if self.signal is not None:
-            for task in workers:
-                task.cancel()
-        elif count := self.server.under_way:
-            name = signal.Signals(number).name
-            console.warn(f"{name}: waiting for {plural(count, 'answer')} under way; a second signal ends at once")
-        self.signal = number
-        self.server.stop.set()
+    def _take(self, example: Example, answer: Answer) -> bool:
+        self.journal.add(example.id, answer)
+        self._count(example, answer)
+        done = self._is_done(example)
+        self.done += done
+        return done
 
-    def _take(self) -> Example:
-        """The first row; then, until one is answered and again after one is not, any: bad rows may stand side by side, and
-        each start would stop at the same ones."""
-        known_good = self.server.answered and not self._left_in_a_row
-        first = known_good or len(self._rows) == len(self.examples) - self.done
-        return self._rows.pop(-1 if first else random.randrange(len(self._rows)))
-
-    async def work(self) -> None:
-        """Takes rows, one after the other, until there are none or asking has stopped."""
-        stop = self.server.stop
-        while self._rows:
-            example = self._take()
-            while not stop.is_set() and not self._is_done(example):
-                request = self._request | {"messages": prompt.messages(example, self.template)}
-                result = await self.server.ask(request)
-                if isinstance(result, Answer):
-                    self.journal.add(example.id, result)
-                    self._count(example, result)
-                    self._left_in_a_row = 0
-                elif result is not None:
-                    self._leave(result)
-                    break
-            self.done += self._is_done(example)
-            if stop.is_set():
-                return
-
-    def _leave(self, failure: Failure) -> None:
-        """Leaves a row without an answer; where that seems not to be the row's fault, stops asking.
-
-        An answer in the journal shows that the server takes such requests. What it rejects after that is the row's fault,
-        however many they are; and at the end there is nothing to stop.
-        """
-        self.left[failure.text] += 1
-        if failure.kind == "row" and self.journal.answers:
-            return
-        self._left_in_a_row += 1
-        many = self._left_in_a_row >= min(IN_A_ROW, len(self.examples)) and (self._rows or not self.journal.answers)
-        if failure.kind in ("fatal", "down", "limited") or many:
-            self.problem = self.problem or failure
-            self.server.stop.set()
+    @property
+    def left(self) -> Counter[str]:
+        """Rows without an answer in this run, by what the server said last."""
+        return Counter(failure.text for _, failure in self.asking.left)
 
     def numbers(self) -> str:
         """What a person watches, in one line."""
@@ -392,29 +310,11 @@ def request_fields(args: Args) -> dict[str, Any]:
     return fields | {"model": args.model} | ({} if args.temperature is None else {"temperature": args.temperature})
 
 
-def mend(failure: Failure, key_env: str) -> str:
-    """What to do about a failure that stopped the program."""
-    match failure.kind, failure.status:
-        case _, 401:
-            return f"set {key_env} to a key of that server"
-        case _, 403:
-            return f"the key in {key_env} may not use this model; take another"
-        case _, 404:
-            return "check --url, which ends before /chat/completions, and --model"
-        case "fatal", 402 | 429 | 503:
-            return "mend the account, or wait"
-        case "row", _:
-            return "check --model, --temperature and --body"
-        case "limited", _:
-            return "lower --concurrency, or wait"
-    return "check --url, or wait until the server is well again"
-
-
 def distill(args: Args) -> Distillation:
     """Runs, or goes on, until all rows are done, and writes --out.
 
-    Raises ValueError or FileNotFoundError for what a user can mend. Where it returns, rows may still be missing: `signal`
-    and `left` say why.
+    Raises ValueError or FileNotFoundError for what a user can mend. Where it returns, rows may still be missing: `left`
+    and `asking.signal` say why.
     """
     check(args)
     request, template = request_fields(args), prompt.load_template(args.data.template)
@@ -440,9 +340,9 @@ def distill(args: Args) -> Distillation:
         asyncio.run(work.run())
         write_rows(args.out, (row_of(row, work.kept[row.id]) for row in loaded.examples if row.id in work.kept))
     work.summary()
-    if work.problem:
+    if work.asking.problem:
         again = "then start the same command again: nothing answered is asked twice"
-        raise ValueError(f"{work.problem.text}: {mend(work.problem, args.key_env)}; {again}")
+        raise ValueError(f"{work.asking.problem.text}: {completions.mend(work.asking.problem, args.key_env)}; {again}")
     return work
 
 
@@ -451,7 +351,7 @@ def main() -> None:
     if missing := len(work.examples) - work.done:
         rows = f"{plural(missing, 'row')} {'is' if missing == 1 else 'are'} not done"
         console.warn(f"{rows}: start the same command again; nothing answered is asked twice")
-        raise SystemExit(128 + work.signal if work.signal else 1)
+        raise SystemExit(128 + work.asking.signal if work.asking.signal else 1)
 
 
 if __name__ == "__main__":

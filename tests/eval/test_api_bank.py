@@ -189,7 +189,10 @@ def test_aggregates():
     shares = api_bank.aggregates(counts)
     assert shares == {"accuracy": 304 / 399, "accuracy_394": 300 / 394, "accuracy_reachable": 304 / 391}
     assert api_bank.aggregates({"call_book_hotel": (4, 5)}) == {"accuracy": 0.8, "accuracy_reachable": 0.8}
-    assert api_bank.aggregates({}) == {}
+    assert api_bank.aggregates({}) == {} == api_bank.aggregates({"call": (0, 0)})
+    # Part of a category stands for the whole of it.
+    some = {"call": (5, 10), "call_book_hotel": (5, 5), "call_undescribed_argument": (0, 1)}
+    assert api_bank.aggregates(some) == {"accuracy": 198 / 399, "accuracy_394": 193 / 394, "accuracy_reachable": 198 / 391}
     for name, count in {"LLaMA-3.1-Base-8B": 238, "GPT-4o-mini": 288, "GPT-4o": 304}.items():
         assert round(100 * count / 394, 2) == api_bank.PAPER[name]
 

@@ -21,8 +21,8 @@ needs_runner = pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} missing: {bf
         ('{"id": "multiple_0"}\n', ":1: not a reply"),
         ('{"id": "a", "text": ""}\n[]\n', ":2: not a reply"),
         ("{\n", ":1: not a reply"),
-        ('{"id": "a", "text": ""}\n\n{"id": "a", "text": ""}\n', ":3: id 'a'"),
-        ('{"id": 1, "text": ""}\n', ":1: id 1"),
+        ('{"id": "a", "text": ""}\n\n{"id": "a", "text": ""}\n', ":3: id 'a' is that of line 1, too"),
+        ('{"id": 1, "text": ""}\n', ":1: not a reply .id, output and benchmark are texts"),
     ],
 )
 def test_files_that_hold_no_replies(tmp_path, text, message):
@@ -32,6 +32,8 @@ def test_files_that_hold_no_replies(tmp_path, text, message):
         bfcl_handler.read(path)
     path.write_text(json.dumps({"id": "a", "text": "x\u2028y", "more": 1}, ensure_ascii=False) + "\n\n", encoding="utf-8")
     assert bfcl_handler.read(path) == {"a": "x\u2028y"}
+    path.write_text('{"id": "a", "output": "x", "benchmark": "bfcl"}\n{"id": "a", "output": "y", "benchmark": "acebench"}')
+    assert bfcl_handler.read(path) == {"a": "x"}
 
 
 def test_result_files(tmp_path):

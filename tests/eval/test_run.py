@@ -4,17 +4,15 @@ import json
 import re
 from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from data import demo, jsonl, prompt
 from eval import run
-from eval.run import Args, Data
+from eval.run import Args, Data, Server
+from eval.selection import Bfcl
 from grpo_jax import inputs, reward
 from grpo_jax.reward import Response, Scored
-from models import decoder, hf
 
 TEMPLATE = prompt.load_template(demo.TEMPLATE)
 
@@ -22,22 +20,6 @@ TEMPLATE = prompt.load_template(demo.TEMPLATE)
 @pytest.fixture(scope="module")
 def model(tiny_model):
     return run.open_model(tiny_model)
-
-
-def test_responses_are_those_of_the_plain_model_token_by_token(tiny_model, model):
-    examples = demo.tasks(3, 0, held_out=True)
-    found = run.respond(model, examples, TEMPLATE, max_response_tokens=6)
-    params = hf.load(tiny_model)[1]
-    logits = jax.jit(decoder.logits, static_argnums=0)
-    for example, row in zip(examples, found, strict=True):
-        ids, drawn = prompt.encode(example, model.policy.tokenizer, TEMPLATE), []
-        while len(drawn) < 6 and (not drawn or drawn[-1] not in model.policy.end_tokens):
-            whole = np.pad(ids + drawn, (0, 256 - len(ids + drawn)))[None]  # of one length: compiled once
-            at = len(ids + drawn)
-            drawn.append(int(logits(model.policy.model, params, jnp.asarray(whole), jnp.array([at]))[0, at - 1].argmax()))
-        ended = drawn[-1] in model.policy.end_tokens
-        assert [(r.token_count, r.truncated) for r in row] == [(len(drawn), not ended)]
-        assert row[0].text == model.policy.tokenizer.decode(drawn[: len(drawn) - ended])
 
 
 def test_a_prompt_without_room_for_a_response_has_none_and_counts_as_wrong(model):
@@ -77,7 +59,7 @@ def test_a_benchmark_brings_its_own_verdict():
 
 
 def test_the_files_of_an_evaluation(tiny_model, tmp_path, capsys):
-    args = Args(tiny_model, Data("demo"), tmp_path / "out", limit=4, max_response_tokens=4)
+    args = Args(tmp_path / "out", tiny_model, Data("demo"), limit=4, max_response_tokens=4)
     scores = run.run(args)
     assert scores == json.loads((tmp_path / "out" / "scores.json").read_text()) and scores["rows"] == 4
     assert scores["dropped"] == {}
@@ -118,7 +100,7 @@ def test_rows_of_a_file_are_taken_in_an_order_of_their_own(tmp_path):
 def test_rows_that_cannot_be_scored_are_told(tiny_model, tmp_path, capsys):
     tasks = demo.tasks(4, 3, held_out=True)
     write_rows(tmp_path / "rows.jsonl", [*tasks, tasks[0]], "[]\n", '{"query": "What?", "tools": "none"}\n')
-    args = Args(tiny_model, Data(str(tmp_path / "rows.jsonl")), tmp_path / "out", limit=2, max_response_tokens=2)
+    args = Args(tmp_path / "out", tiny_model, Data(str(tmp_path / "rows.jsonl")), limit=2, max_response_tokens=2)
     scores = run.run(args)
     assert scores["rows"] == 2
     assert scores["dropped"] == {jsonl.DUPLICATE: 1, jsonl.NOT_AN_OBJECT: 1, jsonl.TOOLS_DO_NOT_PARSE: 1}
@@ -126,28 +108,33 @@ def test_rows_that_cannot_be_scored_are_told(tiny_model, tmp_path, capsys):
     assert re.search(told, capsys.readouterr().out)
 
 
-def test_the_template_is_that_of_the_run_unless_one_is_given(tmp_path):
-    own = tmp_path / "own.txt"
-    own.write_text("mine {tools}")
-    folder = tmp_path / "run"
-    (folder / "hf").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"data": {"template": str(own)}}))
-
-    def text(model, path, template=None):
-        return run.template_of(Args(str(model), Data(path, template), tmp_path))
-
-    assert text(folder, "rows.jsonl") == text(folder, "demo") == "mine {tools}"
-    assert text(folder, "rows.jsonl", str(demo.TEMPLATE)) == TEMPLATE == text("a/model", "demo")
-    assert text("a/model", "rows.jsonl") == prompt.load_template()
-
-
 def test_what_cannot_be_evaluated_is_one_clear_line(tiny_model, tmp_path):
-    args = Args(tiny_model, Data("demo"), tmp_path / "out")
+    args = Args(tmp_path / "out", tiny_model, Data("demo"))
     for name in ("limit", "max_response_tokens", "rows", "tensor"):
         with pytest.raises(ValueError, match=f"--{name} 0: give a number from 1 on"):
             run.run(replace(args, **{name: 0}))
-    for bad in ({"samples": -1}, {"temperature": 0.0}):
-        with pytest.raises(ValueError, match="give a number from 0 on, and one above 0"):
+    for bad, message in (
+        (dict(samples=-1), "--samples -1: give a number from 0 on"),
+        (dict(temperature=0.0), "--temperature 0.0: give a number above 0"),
+        (dict(benchmarks="bfcl", data=Data(), temperature=-1.0), "--temperature -1.0: give a number from 0 on"),
+        (dict(benchmarks="bfcl"), "give either --benchmarks bfcl,api_bank,acebench or --data.path"),
+        (dict(data=Data()), "give either --benchmarks bfcl,api_bank,acebench or --data.path"),
+        (dict(model=""), "--model is missing"),
+        (dict(categories="parallel"), "--categories is not read with --data.path: leave it out"),
+        (dict(bfcl=Bfcl("last")), "--bfcl is not read with --data.path: leave it out"),
+        (dict(replies=tmp_path), "--replies is not read with --data.path: leave it out"),
+        (dict(benchmarks="bfcl", data=Data(), samples=1), "--samples is not read with --benchmarks: leave it out"),
+        (dict(benchmarks="bfcl", data=Data(), replies=tmp_path, rows=1), "--rows is not read with --replies: leave it out"),
+        (
+            dict(benchmarks="bfcl", data=Data(), endpoint="http://x", tensor=1),
+            "--tensor is not read with --endpoint",
+        ),
+        (dict(benchmarks="bfcl", data=Data(), endpoint="http://x", replies=tmp_path), "--replies and --endpoint: give one"),
+        (dict(server=Server(concurrency=0)), "--server.concurrency 0: give a number from 1 on"),
+        (dict(server=Server(retries=-1)), "--server.retries -1: give a number from 0 on"),
+        (dict(server=Server(timeout=float("nan"))), "--server.timeout nan: give a number of seconds above 0"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
             run.run(replace(args, **bad))
     with pytest.raises(ValueError, match="leaves no room for a prompt"):
         run.run(replace(args, limit=1, max_response_tokens=1_000_000))
@@ -157,6 +144,10 @@ def test_what_cannot_be_evaluated_is_one_clear_line(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="this run has not finished"):
         run.run(replace(args, model=str(tmp_path / "run")))
     assert not (tmp_path / "out").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match="other: holds an evaluation on benchmarks: give another --out"):
+        run.run(replace(args, out=tmp_path / "other"))
     (tmp_path / "out").write_text("mine")
     with pytest.raises(FileExistsError, match="out: this is a file: give a folder"):
         run.run(replace(args, model="no/such/model"))  # which comes later
@@ -164,7 +155,7 @@ def test_what_cannot_be_evaluated_is_one_clear_line(tiny_model, tmp_path):
 
 
 def test_a_folder_is_made_before_the_model_loads_and_responses_are_written_before_samples(tiny_model, tmp_path, monkeypatch):
-    args = Args(tiny_model, Data("demo"), tmp_path / "out", limit=2, max_response_tokens=2, samples=1)
+    args = Args(tmp_path / "out", tiny_model, Data("demo"), limit=2, max_response_tokens=2, samples=1)
     load, answer, seen = run.open_model, run._answers, []
 
     def opened(*given):
@@ -183,20 +174,3 @@ def test_a_folder_is_made_before_the_model_loads_and_responses_are_written_befor
     with pytest.raises(KeyboardInterrupt):  # the old scores are not those of the new responses
         run.run(args)
     assert seen == [[], ["responses.jsonl"], ["responses.jsonl", "samples.jsonl", "scores.json"], ["responses.jsonl"]]
-
-
-def test_the_length_of_responses_is_the_runs_or_what_the_context_leaves(tmp_path, model):
-    examples, policy = demo.tasks(5, 0, held_out=True), model.policy
-    longest = max(len(prompt.encode(example, policy.tokenizer, TEMPLATE)) for example in examples)
-
-    def tokens(context, path="a/model"):
-        changed = replace(policy, model=replace(policy.model, max_positions=context))
-        return run.response_tokens(str(path), changed, examples, TEMPLATE)
-
-    assert tokens(100_000) == run.MOST_TOKENS and tokens(longest + 4000) == 4000
-    assert tokens(longest + 10) == (longest + 10) // 2
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "config.json").write_text(json.dumps({"rollout": {"max_response_tokens": 123}}))
-    assert tokens(100_000, tmp_path) == 123
-    (tmp_path / "config.json").write_text(json.dumps({"batch": {"max_tokens": 7}}))  # a supervised run's
-    assert tokens(100_000, tmp_path) == run.MOST_TOKENS

@@ -490,8 +490,15 @@ def test_prompts_are_computed_once_and_leave_with_their_last_row(calls):
     config, params = counter()
     prompts = [np.array(p, np.int32) for p in ([3, 4, 5], [14], [7, 7, 12], [1, 9])]
     sampling = Sampling((15,), group_size=2, max_response_tokens=6, temperature=0.0, decode_steps_per_call=2)
-    shown = []
-    groups, usage = rollout.sample(config, params, prompts, sampling, progress=lambda *x: shown.append(x))
+    shown, told = [], []
+    groups, usage = rollout.sample(
+        config,
+        params,
+        prompts,
+        sampling,
+        progress=lambda *x: shown.append(x),
+        finished=lambda index, group: told.append((len(shown), index, group)),
+    )
     counted = [[6, 7, 8, 9, 10, 11], [15], [13, 14, 15], [10, 11, 12, 13, 14, 15]]
     assert [ids(g) for g in groups] == [[c, c] for c in counted]
     assert [g.truncated for g in groups] == [(True, True), (False, False), (False, False), (False, False)]
@@ -507,6 +514,9 @@ def test_prompts_are_computed_once_and_leave_with_their_last_row(calls):
     assert len(calls["_repack"]) == 2
     assert usage == Usage(row_steps=2 * 8 + 2 * 6 + 2 * 4, tokens=2 * (6 + 1 + 3 + 6))
     assert shown == [(2, 8), (4, 8), (8, 8)]
+    # Each group as soon as its last response has ended, while others go on.
+    assert [(call, index) for call, index, _ in told] == [(0, 1), (1, 2), (2, 0), (2, 3)]
+    assert all(group is groups[index] for _, index, group in told)
 
 
 def test_a_pool_shrinks_as_rows_of_a_group_end_one_by_one(calls):

@@ -5,147 +5,29 @@ No assertion depends on how fast the machine is: where a request must not be tri
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import email.utils
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from data import jsonl, prompt
+from eval import completions
+from eval.completions import Answer
 from grpo_jax import reward
-from scripts import completions, distill
-from scripts.completions import Answer, Failure
+from scripts import distill
 from scripts.distill import Args, Data
+from tests.eval.bad_server import KEY, TOOLS, BadServer, right_reply
 
 ROOT = Path(__file__).parents[2]
-KEY = "sk-test-4f9a7c21e8b35d60-secret"
-TOOLS = [{"name": "weather", "description": "Weather of a city.", "parameters": {"city": {"type": "string"}}}]
-
-
-def right_reply(row: int) -> str:
-    return prompt.reply([{"name": "weather", "arguments": {"city": f"Město {row}"}}], f"Row {row} names a city.")
-
-
-def completion(message: dict, finish: str | None = "stop") -> dict:
-    return {
-        "choices": [{"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish}],
-        "usage": {"prompt_tokens": 100, "completion_tokens": 10},
-    }
-
-
-class BadServer:
-    """/v1/chat/completions. `plan(row, nth)` says what becomes of the nth request (from 0) for a row: see `_do`."""
-
-    def __init__(self, plan):
-        self.log: list[tuple[float, int, str, dict]] = []  # (time, row, action, request) of all requests
-        self.keys: set[str | None] = set()
-        self.under_way = self.most_under_way = 0
-        self.release = threading.Event()  # of those who stall
-        self._lock, self._seen = threading.Lock(), Counter()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                row = int(re.search(r"task (\d+)", request["messages"][-1]["content"])[1])
-                with outer._lock:
-                    todo = plan(row, outer._seen[row])
-                    action, *details = [todo] if isinstance(todo, str) else todo
-                    outer._seen[row] += 1
-                    outer.log.append((time.monotonic(), row, action, request))
-                    outer.keys.add(self.headers.get("Authorization"))
-                    outer.under_way += 1
-                    outer.most_under_way = max(outer.most_under_way, outer.under_way)
-                try:
-                    outer._do(self, row, action, details)
-                except OSError:
-                    pass  # the client has gone
-                finally:
-                    with outer._lock:
-                        outer.under_way -= 1
-
-            def log_message(self, *_):
-                pass
-
-        class Http(ThreadingHTTPServer):
-            request_queue_size = 128  # of 5, connections break where many come at once
-
-        self._http = Http(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
-        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.release.set()
-        self._http.shutdown()
-        self._http.server_close()
-
-    def _do(self, handler, row, action, details):
-        def send(body, status=200, headers=None):
-            data = body if isinstance(body, bytes) else json.dumps(body).encode()
-            handler.send_response(status)
-            for name, value in (headers or {}).items():
-                handler.send_header(name, value)
-            handler.send_header("Content-Length", str(len(data)))
-            handler.end_headers()
-            handler.wfile.write(data)
-
-        good, headers = completion({"content": right_reply(row)}), details[0] if details else None
-        match action:
-            case "good":
-                send(good, headers=headers)
-            case "slow":
-                time.sleep(details[0])
-                send(good)
-            case "stall":
-                self.release.wait(120)
-                send(good)
-            case "wrong":
-                send(completion({"content": right_reply(row + 1)}))
-            case "say":
-                send(completion(*details))
-            case "rubbish":
-                send(b"<html>\xff not JSON</html>")
-            case "none":
-                send(completion({"content": None}))
-            case "no choices":
-                send({"choices": []})
-            case "cut":
-                data = json.dumps(good).encode()
-                handler.send_response(200)
-                handler.send_header("Content-Length", str(len(data)))
-                handler.end_headers()
-                handler.wfile.write(data[: len(data) // 2])
-                handler.wfile.flush()
-                handler.connection.shutdown(socket.SHUT_RDWR)
-            case "hang up":
-                handler.connection.shutdown(socket.SHUT_RDWR)
-            case "status":
-                status, body, *rest = details
-                send(body, status, *rest)
-            case _:
-                raise AssertionError(action)
-
-    def rows(self, action=None):
-        return [row for _, row, what, _ in self.log if action is None or what == action]
 
 
 def write_rows(path: Path, count: int) -> Path:
@@ -235,7 +117,7 @@ def test_a_thought_kept_apart_becomes_the_think_block():
 
     def of(content, thought="", finish="stop"):
         answer = Answer(content, thought, finish, 0, 0)
-        return distill.reply_text(answer), distill.verdict(answer, example)
+        return answer.text(), distill.verdict(answer, example)
 
     assert of("\n" + calls, " A <tool_call> is due.\n") == (f"<think>\nA [tool_call] is due.\n</think>\n{calls}", "correct")
     assert of(f"<think>\nShort.\n</think>\n{calls}", "Long.") == (f"<think>\nShort.\n</think>\n{calls}", "correct")
@@ -279,7 +161,7 @@ def test_all_that_may_pass_is_tried_again_and_every_answer_kept_once(ask):
     bad += [("status", 429, b""), ("status", 408, b"")]
     with BadServer(lambda row, nth: bad[(row + nth) % len(bad)] if nth < 1 + row % 3 else ("good",)) as server:
         work = ask(server, 20, concurrency=8)
-    assert kept(ask.out) == list(range(20)) and not work.left and work.problem is None
+    assert kept(ask.out) == list(range(20)) and not work.left and work.asking.problem is None
     assert sorted(server.rows("good")) == list(range(20)) and len(server.log) == 20 + sum(1 + row % 3 for row in range(20))
     assert len(ask.journal.read_text().splitlines()) == 21 and server.most_under_way <= 8
 
@@ -333,36 +215,15 @@ def test_most_requests_refused(ask):
 
 
 @pytest.mark.parametrize(
-    ("kind", "others_answered", "tries"),
-    [("limited", 1, 50), ("down", 1, 50), ("again", 1, 3), ("limited", 0, 3), ("down", 0, 3)],
-)
-def test_retries_are_used_up_where_nothing_is_answered(monkeypatch, kind, others_answered, tries):
-    """Or where the row itself may be at fault."""
-
-    async def send(self, request):
-        sent.append(request)
-        self.answered += others_answered
-        return Failure("no", kind) if len(sent) < 50 else Answer("yes", "", "stop", 0, 0)
-
-    async def ask_once():
-        async with completions.Server("http://localhost", "", at_once=1, timeout=1, retries=2, backoff=1e-4) as server:
-            return await server.ask({})
-
-    sent = []
-    monkeypatch.setattr(completions.Server, "_send", send)
-    assert isinstance(asyncio.run(ask_once()), Answer if tries == 50 else Failure) and len(sent) == tries
-
-
-@pytest.mark.parametrize(
     ("status", "body", "mends"),
     [
         (401, {"error": {"message": f"no such key: {KEY}"}}, "set OPENAI_API_KEY to a key of that server"),
         (403, {"detail": "not yours"}, "the key in OPENAI_API_KEY may not use this model"),
-        (404, {"error": {"message": "no model"}}, "check --url, which ends before /chat/completions, and --model"),
-        (400, {"object": "error", "message": "bad\nfield"}, "check --model, --temperature and --body"),
+        (404, {"error": {"message": "no model"}}, "which ends before /chat/completions, and --model"),
+        (400, {"object": "error", "message": "bad\nfield"}, "check --model, and what is asked for beside the messages"),
         (402, b"pay", "mend the account"),
         (429, {"error": {"message": "broke", "code": "insufficient_quota"}}, "mend the account"),
-        (308, b"", "check --url"),
+        (308, b"", "check the server's address"),
     ],
 )
 def test_what_no_retry_mends_stops_with_one_line(ask, status, body, mends):
@@ -371,7 +232,7 @@ def test_what_no_retry_mends_stops_with_one_line(ask, status, body, mends):
     text = str(error.value)
     assert text.startswith(f"HTTP {status}: ") and mends in text and "\n" not in text and KEY not in text
     assert text.endswith("; then start the same command again: nothing answered is asked twice")
-    assert len(server.log) <= (distill.IN_A_ROW + 3 if status == 400 else 4) and kept(ask.out) == []
+    assert len(server.log) <= (completions.IN_A_ROW + 3 if status == 400 else 4) and kept(ask.out) == []
 
 
 def test_a_server_that_asks_to_come_tomorrow_or_is_not_there(ask):
@@ -381,7 +242,7 @@ def test_a_server_that_asks_to_come_tomorrow_or_is_not_there(ask):
         ):
             ask(server, 50)
         assert len(server.log) <= 4
-    with pytest.raises(ValueError, match=r"^no connection to 127\.0\.0\.1:\d+ \(.*\): check --url, or wait"):
+    with pytest.raises(ValueError, match=r"^no connection to 127\.0\.0\.1:\d+ \(.*\): check the server's address, or wait"):
         ask(server, 50, retries=1)
 
 
@@ -393,12 +254,12 @@ def test_a_request_refused_among_answers_is_the_rows_own_fault(ask):
         assert len(server.log) == 8
     ask.journal.unlink()
     ask.out.unlink()
-    with BadServer(lambda row, nth: too_long) as server, pytest.raises(ValueError, match="check --model, --temperature"):
+    with BadServer(lambda row, nth: too_long) as server, pytest.raises(ValueError, match="check --model, and what"):
         ask(server, 40, concurrency=1)
-    assert len(server.log) == distill.IN_A_ROW
+    assert len(server.log) == completions.IN_A_ROW
     ask.journal.unlink()
     ask.out.unlink()
-    with BadServer(lambda row, nth: too_long) as server, pytest.raises(ValueError, match="check --model, --temperature"):
+    with BadServer(lambda row, nth: too_long) as server, pytest.raises(ValueError, match="check --model, and what"):
         ask(server, 2)  # a first try with few rows
 
 
@@ -416,14 +277,14 @@ def test_bad_rows_side_by_side_do_not_hold_up_the_others(ask, bad, concurrency):
         assert kept(ask.out) == list(range(16, 60))
         mark = len(server.log)
         if bad[1] == 400:
-            assert work.problem is None and work.left == {"HTTP 400: too long": 16} and work.done == 44
+            assert work.asking.problem is None and work.left == {"HTTP 400: too long": 16} and work.done == 44
             work = ask(server, 60, concurrency=concurrency)  # asked again: a server may take them one day
-            assert sorted(server.rows()[mark:]) == list(range(16)) and work.problem is None and work.done == 44
-    with BadServer(lambda row, nth: bad if row < distill.IN_A_ROW else "good") as server:
+            assert sorted(server.rows()[mark:]) == list(range(16)) and work.asking.problem is None and work.done == 44
+    with BadServer(lambda row, nth: bad if row < completions.IN_A_ROW else "good") as server:
         ask(server, 60, concurrency=1, retries=0)
-        assert len(kept(ask.out)) == 60 - distill.IN_A_ROW
+        assert len(kept(ask.out)) == 60 - completions.IN_A_ROW
         work = ask(server, 60, concurrency=1, retries=0)
-        assert sum(work.left.values()) == distill.IN_A_ROW and work.problem is None
+        assert sum(work.left.values()) == completions.IN_A_ROW and work.asking.problem is None
 
 
 # ---------------------------------------------------------------- the end, and the next start
@@ -557,7 +418,7 @@ def test_a_journal_without_answers_takes_other_settings(ask):
     """So a command that was wrong can be mended."""
     wrong = True
     with BadServer(lambda row, nth: ("status", 404, b"no such model") if wrong else ("good",)) as server:
-        with pytest.raises(ValueError, match="check --url"):
+        with pytest.raises(ValueError, match="check the server's address"):
             ask(server, 3, body='{"top_p": 2}')
         wrong = False
         ask(server, 3)
@@ -612,8 +473,8 @@ def test_command_lines_that_cannot_be_meant(ask, monkeypatch):
         (dict(body="[1]"), "--body: give a JSON object"),
         (dict(body='{"model": "other"}'), "--body: give a JSON object, without model"),
         (dict(out=Path("out.json")), "--out out.json: give a name that ends in .jsonl"),
-        (dict(url="localhost:8000"), "give the server's address, like https"),
-        (dict(url=f"https://me:{KEY}@host/v1"), "--url has a name or password in it"),
+        (dict(url="localhost:8000"), "'localhost:8000' is no server's address: give one like https"),
+        (dict(url=f"https://me:{KEY}@host/v1"), "the server's address has a name or password in it"),
     ):
         with pytest.raises(ValueError) as error:
             distill.distill(replace(args, **options))
@@ -634,86 +495,6 @@ def test_without_a_key_and_with_one_of_another_name(ask, monkeypatch):
         ask(server, 2, key_env="LOCAL_KEY")
         assert server.keys == {None, "Bearer EMPTY"}
     assert "not EMPTY" in ask.out.read_text()  # a placeholder is no secret, and may be a word of a reply
-
-
-def test_what_a_server_says():
-    def read(value, status=200):
-        return completions.read_reply(status, {}, value if isinstance(value, bytes) else json.dumps(value).encode())
-
-    assert read(completion({"content": "x"})) == Answer("x", "", "stop", 100, 10)
-    assert read(completion({"content": None}, "length")) == Answer("", "", "length", 100, 10)
-    assert read(completion({"content": None, "refusal": "no"})) == Answer("", "", "content_filter", 100, 10)
-    assert read(completion({"content": "\ud800 x"}, None)) == Answer("? x", "", "", 100, 10)
-    for usage in (None, 3, {"prompt_tokens": 1.5}, {}):
-        assert read(completion({"content": "x"}) | {"usage": usage}) == Answer("x", "", "stop", 0, 0)
-    odd = [
-        b"",
-        b"[" * 100_000,
-        b"\xff",
-        None,
-        1,
-        "x",
-        [],
-        {},
-        {"choices": None},
-        {"choices": [None]},
-        {"choices": [{"message": 1}]},
-    ]
-    odd += [
-        completion({}),
-        completion({"content": [1]}),
-        completion({"content": " "}),
-        {"choices": {}},
-        {"error": {"message": "full"}},
-    ]
-    for value in odd:
-        failure = read(value)
-        assert isinstance(failure, Failure) and failure.kind == "again" and "\n" not in failure.text and len(failure.text) < 300
-    kinds = {
-        400: "row",
-        413: "row",
-        422: "row",
-        401: "fatal",
-        404: "fatal",
-        301: "fatal",
-        429: "limited",
-        500: "again",
-        529: "again",
-    }
-    assert {status: read(b"", status).kind for status in kinds} == kinds
-    assert read({"error": {"message": "a\x1b[31m\n b"}}, 500).text == "HTTP 500: a [31m b"
-
-
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({}, None),
-        ({"retry-after": "7"}, 7),
-        ({"retry-after": "-7"}, 0),
-        ({"retry-after": "soon"}, None),
-        ({"retry-after-ms": "250", "retry-after": "1"}, 0.25),
-        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 360),
-        ({"x-ratelimit-remaining-requests": "3", "x-ratelimit-reset-requests": "6m0s"}, None),
-        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "120ms"}, 0.12),
-        ({"x-ratelimit-remaining-tokens": "-1", "x-ratelimit-reset-tokens": "9"}, None),
-        ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": "1h2m3.5s"}, 3723.5),
-        ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": "2 hours"}, None),
-        ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": "1..5s"}, None),
-    ],
-)
-def test_wanted_wait(headers, seconds):
-    found = completions.wanted_wait(headers)
-    assert found is None if seconds is None else found == pytest.approx(seconds)
-
-
-def test_wanted_wait_until_a_point_in_time():
-    hour = time.time() + 3600
-    for headers in (
-        {"retry-after": email.utils.formatdate(hour, usegmt=True)},
-        {"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(int(hour))},
-        {"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(int(1000 * hour))},
-    ):
-        assert 3400 < completions.wanted_wait(headers) <= 3600
 
 
 def test_numbers_on_the_way_and_at_the_end(ask, capsys, monkeypatch):

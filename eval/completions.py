@@ -1,6 +1,7 @@
-"""A chat model behind a server that speaks OpenAI's /chat/completions: one question, asked until it is answered or cannot be.
+"""A chat model behind a server that speaks OpenAI's /chat/completions: questions, asked until they are answered or cannot be.
 
     Server.ask(request) -> Answer, or the Failure that stood at last, or None where `stop` was set before there was either
+    Asking.run          many questions, some at once; gives up where the server is not well, ends in order at a signal
 
 Rate limits, 5xx, no connection, no answer in time and rubbish are tried again, after a time that doubles and varies by half;
 what the server asks for (Retry-After, x-ratelimit-*) comes first and holds all questions. The key goes into one header, and is
@@ -15,16 +16,22 @@ import json
 import os
 import random
 import re
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import httpx2
 
+from data import prompt
+from data.command_line import plural
+from grpo_jax import console
+
 LONGEST_BACKOFF = 60.0  # seconds
 LONGEST_WAIT = 900.0  # seconds; a server that asks for more is left for another day
+IN_A_ROW = 10  # questions left without an answer, with no answer in between, before nothing more is asked
 SECRET = 16  # characters of the shortest key that is cut out of replies: "EMPTY", for a local server, may well be a word there
 
 
@@ -37,6 +44,13 @@ class Answer:
     finish: str  # "stop", "length", "content_filter", ...; empty where the server does not say
     tokens_in: int
     tokens_out: int
+
+    def text(self) -> str:
+        """The whole reply. A thought that the server kept apart stands before it, unless the content has one of its own."""
+        content = self.content.strip()
+        if self.thought.strip() and "<think>" not in content:
+            return f"{prompt.think(self.thought)}\n{content}"
+        return content
 
 
 @dataclass(frozen=True)
@@ -139,6 +153,123 @@ class Server:
             await asyncio.wait_for(self.stop.wait(), seconds)
 
 
+# ---------------------------------------------------------------- many questions
+
+Row = TypeVar("Row")
+
+
+class Asking(Generic[Row]):
+    """Puts the questions of some rows to a server, several at once, until all are answered or asking has stopped."""
+
+    def __init__(self, server: Server, rows: Sequence[Row], at_once: int, proven: bool):
+        """proven: whether the server has answered such questions before, so that one it refuses is that question's fault."""
+        self.left: list[tuple[Row, Failure]] = []  # rows without an answer, and what the server said last
+        self.problem: Failure | None = None  # why nothing more is asked
+        self.signal: int | None = None
+        self._server, self._at_once, self._proven = server, at_once, proven
+        self._enough = min(IN_A_ROW, len(rows))
+        self._rows = list(reversed(rows))  # that nobody has taken yet, the first one last
+        self._open = 0  # rows that were taken and are not done
+        self._left_in_a_row = 0
+
+    async def run(
+        self,
+        request: Callable[[Row], dict[str, Any]],
+        take: Callable[[Row, Answer], bool],
+        show: Coroutine | None = None,
+    ) -> None:
+        """Returns at the end, or early with `problem` or `signal` set.
+
+        request: the body of the question of a row. take: is given each answer; whether its row is done, else it is asked
+        again. show: runs beside it, until the end.
+        """
+        loop, both = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+        async with self._server:
+            workers = [asyncio.create_task(self._work(request, take)) for _ in range(self._at_once)]
+            tasks = workers if show is None else [*workers, asyncio.create_task(show)]
+            for one in both:
+                loop.add_signal_handler(one, self._interrupt, one, workers)
+            try:
+                await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                ended = await asyncio.gather(*tasks, return_exceptions=True)
+                for one in both:
+                    loop.remove_signal_handler(one)
+        for error in ended:
+            if isinstance(error, Exception):
+                raise error
+
+    def _interrupt(self, number: int, workers: Sequence[asyncio.Task]) -> None:
+        if self.signal is not None:
+            for task in workers:
+                task.cancel()
+        elif count := self._server.under_way:
+            name = signal.Signals(number).name
+            console.warn(f"{name}: waiting for {plural(count, 'answer')} under way; a second signal ends at once")
+        self.signal = number
+        self._server.stop.set()
+
+    def _next(self) -> Row:
+        """The first row; then, until one is answered and again after one is not, any: bad rows may stand side by side, and
+        each start would stop at the same ones."""
+        known_good = self._server.answered and not self._left_in_a_row
+        first = known_good or not self._open
+        self._open += 1
+        return self._rows.pop(-1 if first else random.randrange(len(self._rows)))
+
+    async def _work(self, request: Callable[[Row], dict[str, Any]], take: Callable[[Row, Answer], bool]) -> None:
+        """Takes rows, one after the other, until there are none or asking has stopped."""
+        stop = self._server.stop
+        while self._rows:
+            row, done = self._next(), False
+            while not (stop.is_set() or done):
+                result = await self._server.ask(request(row))
+                if isinstance(result, Answer):
+                    self._proven, self._left_in_a_row = True, 0
+                    done = take(row, result)
+                elif result is not None:
+                    self._leave(row, result)
+                    break
+            self._open -= done
+            if stop.is_set():
+                return
+
+    def _leave(self, row: Row, failure: Failure) -> None:
+        """Leaves a row without an answer; where that seems not to be the row's fault, stops asking.
+
+        An answer shows that the server takes such requests. What it rejects after that is the row's fault, however many
+        they are; and at the end there is nothing to stop.
+        """
+        self.left.append((row, failure))
+        if failure.kind == "row" and self._proven:
+            return
+        self._left_in_a_row += 1
+        many = self._left_in_a_row >= self._enough and (self._rows or not self._proven)
+        if failure.kind in ("fatal", "down", "limited") or many:
+            self.problem = self.problem or failure
+            self._server.stop.set()
+
+
+def mend(failure: Failure, key_env: str) -> str:
+    """What to do about a failure that stopped the questions."""
+    match failure.kind, failure.status:
+        case _, 401:
+            return f"set {key_env} to a key of that server"
+        case _, 403:
+            return f"the key in {key_env} may not use this model; take another"
+        case _, 404:
+            return "check the server's address, which ends before /chat/completions, and --model"
+        case "fatal", 402 | 429 | 503:
+            return "mend the account, or wait"
+        case "row", _:
+            return "check --model, and what is asked for beside the messages (temperature, length, other fields)"
+        case "limited", _:
+            return "ask for less at once, or wait"
+    return "check the server's address, or wait until it is well again"
+
+
 # ---------------------------------------------------------------- what a server says
 
 
@@ -231,9 +362,9 @@ def endpoint(url: str) -> httpx2.URL:
     except httpx2.InvalidURL:
         base = httpx2.URL("")
     if base.scheme not in ("http", "https") or not base.host:
-        raise ValueError(f"--url {url!r}: give the server's address, like https://api.openai.com/v1")
+        raise ValueError(f"{url!r} is no server's address: give one like https://api.openai.com/v1")
     if base.userinfo:
-        raise ValueError("--url has a name or password in it: give the key in the environment (--key_env)")
+        raise ValueError("the server's address has a name or password in it: give the key in the environment")
     return base.copy_with(path=base.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions")
 
 
