@@ -120,7 +120,7 @@ def example_of(row: Any, source: str, *, keep_no_call: bool = False) -> Example 
     turns = parsed(_turns, row.get("messages") or [{"role": "user", "content": row.get("query")}])
     if turns is None:
         return MESSAGES_DO_NOT_PARSE
-    tools = parsed(_tools, row.get("tools"))
+    tools = parsed(tools_of, row.get("tools"))
     if tools is None:
         return TOOLS_DO_NOT_PARSE
     answer = parsed(_calls, row.get("answers"))
@@ -181,7 +181,8 @@ def unwrapped(value: Any) -> dict[str, Any]:
     return value
 
 
-def _tools(value: Any) -> list[dict[str, Any]]:
+def tools_of(value: Any) -> list[dict[str, Any]]:
+    """A row's tools, or the JSON string of them, each with name, description and parameters."""
     tools = []
     for tool in map(unwrapped, decoded(value, list)):
         description, parameters = tool.get("description") or "", tool.get("parameters")

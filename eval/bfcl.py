@@ -2,6 +2,7 @@
 
     items     the package's entries -> Items: prompts with the leaderboard's hints for Java and JavaScript
     verdict   a reply -> calls_of -> the package's ast_checker -> Scored
+    simple_python, multiple, ... each category for training: --validation.benchmarks eval.bfcl:simple_python
     aggregates, columns, PAPER, like_for_like     the leaderboard's means, and Table 2 of Tool-N1 (arXiv 2505.00024)
 
 The package, bfcl-eval, is installed without what it depends on (6 GB, and an old NumPy, with which only an old JAX goes):
@@ -34,8 +35,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from data import example
-from eval.benchmark import Item
-from grpo_jax.reward import Scored
+from eval.benchmark import Item, for_training
+from grpo_jax.reward import Reward, Scored
 
 SIZES = {
     "simple_python": 400,
@@ -136,6 +137,14 @@ def items(
     if block not in ("first", "last"):
         raise ValueError(f"unknown block {block!r}: 'first' or 'last'")
     return [item for category in categories for item in _items(category, system_messages, block)]
+
+
+def validation(category: str) -> tuple[list[example.Example], Reward]:
+    """A category as --validation.benchmarks wants it; `simple_python()` and so on are this module's functions for it."""
+    return for_training(items([category]), verdict)
+
+
+globals().update({category: functools.partial(validation, category) for category in CATEGORIES})
 
 
 def _items(category: str, system_messages: bool, block: str) -> list[Item]:

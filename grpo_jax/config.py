@@ -239,7 +239,12 @@ class Validation:
     every: int = 10
     """Steps between validations; there is always one before the first step and one after the last. 0: only those two."""
     limit: int = 512
-    """Validation rows used, at most. 0: no validation."""
+    """Validation rows used, at most, and tasks of each benchmark. 0: no validation."""
+    benchmarks: str | None = None
+    """Benchmarks to answer at each validation beside the rows, to see whether what is learned carries over: names with commas
+    between, `eval.bfcl:simple_python` (or another category of BFCL), or your own as `package.module:function`
+    (docs/training.md, section 6). Tasks of theirs take the time of as many rows. Supervised training samples no responses,
+    and refuses it."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
     Progress     during: on a terminal, a bar, the phase at work and the numbers people watch; elsewhere, a line a step
     closing      after: the first validation and the last, and where everything lies
     warn         at any time; stands above the display
+    visible      what a model or a user wrote, made safe to print
 
 In a pipe or a CI log there are no escape codes and no line is broken, however long it is. Everything goes through one
 rich `Console`, because only that knows to print above its own display; a process that should be silent (all but the
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import sys
 import time
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
@@ -22,6 +24,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from grpo_jax.metrics import benchmark_of
 
 Number = float | int | None
 
@@ -65,6 +69,13 @@ def _printable(console: Console, text: str) -> str:
     return text.encode(console.encoding, "backslashreplace").decode(console.encoding)
 
 
+def visible(text: str, console: Console = CONSOLE) -> str:
+    """Text that others wrote, a model say, with all that would steer the terminal, or hide, as escapes; lines and tabs stay."""
+    steers = {c for c in text if c not in "\n\t" and unicodedata.category(c) in ("Cc", "Cf")}
+    shown = text.translate({ord(c): c.encode("unicode_escape").decode() for c in steers})
+    return _printable(console, shown)
+
+
 def header(title: str, rows: Sequence[tuple[str, str]], console: Console = CONSOLE) -> None:
     """Prints what a run is about to do: a title, and (label, value) below it."""
     _line(console, (title, "bold"), wrap=True)
@@ -96,24 +107,25 @@ def closing(
 ) -> None:
     """Prints two validations side by side, and (label, path) of what the run leaves.
 
-    before, after: metrics, of which "val/loss" and the shares under "val/accuracy" and "val/reason/<code>" are shown. What
-    one of the two lacks was not measured; a reason it lacks among others was not seen. A reason seen in neither is left out.
+    before, after: metrics, of which "val/loss" and the shares under "val/accuracy", "val/<benchmark>/accuracy" and
+    "val/reason/<code>" are shown. What one of the two lacks was not measured; a reason it lacks among others was not seen. A
+    reason seen in neither is left out.
     """
-    shown = ("val/loss", "val/accuracy", "val/reason/")
-    names = [name for name in {**before, **after} if name.startswith(shown)]
-    names = [name for name in names if "reason/" not in name or before.get(name) or after.get(name)]
-    names.sort(key=lambda name: "reason/" in name)
+    shown, reasons = ("val/loss", "val/accuracy", "val/reason/"), "val/reason/"
+    names = [name for name in {**before, **after} if name.startswith(shown) or benchmark_of(name)]
+    names = [name for name in names if not name.startswith(reasons) or before.get(name) or after.get(name)]
+    names.sort(key=lambda name: 2 if benchmark_of(name) else name.startswith(reasons))
     if names:
-        labels = [name.removeprefix("val/").removeprefix("reason/") for name in names]
+        labels = [benchmark_of(name) or name.removeprefix(reasons).removeprefix("val/") for name in names]
         width = max(12, *(len(label) + 2 for label in labels))
         _line(console)
         _line(console, (f"{'validation':{width}}{'before':>8}{'after':>8}{'difference':>12}", "dim"))
         for label, name in zip(labels, names, strict=True):
             old, new = _share(before, name), _share(after, name)
-            value, change, scale = ("{:.4f}", "{:+.4f}", 1) if label == "loss" else ("{:.1%}", "{:+.1f}", 100)
+            value, change, scale = ("{:.4f}", "{:+.4f}", 1) if name == "val/loss" else ("{:.1%}", "{:+.1f}", 100)
             cells = [f"{'-' if number is None else value.format(number):>8}" for number in (old, new)]
             difference = "-" if old is None or new is None else change.format(scale * (new - old))
-            style = "bold" if label in ("accuracy", "loss") else ""
+            style = "" if name.startswith(reasons) else "bold"
             _line(console, (f"{label:{width}}{''.join(cells)}{difference:>12}", style))
     _line(console)
     _labelled(console, places)

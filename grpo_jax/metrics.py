@@ -3,7 +3,8 @@
     summarize    groups and their scores -> the metrics that describe a batch
     Log          metrics.jsonl and rollouts.jsonl in a run's folder, growing row by row, and TensorBoard's events
     read         the rows of such a file
-    curves       metrics.jsonl -> curves.png, the six curves of the paper (Tool-N1, Figures 6 and 7)
+    benchmark_of the benchmark that a metric is the accuracy of
+    curves       metrics.jsonl -> curves.png, the six curves of the paper (Tool-N1, Figures 6 and 7), and benchmarks
 
 metrics.jsonl is the source of truth; console, TensorBoard and curves show what it holds. The row of step s (from 1)
 describes step s; a validation before the first step is a row of step 0. A run that starts again from the checkpoint of
@@ -15,6 +16,7 @@ Sums are exactly rounded (`math.fsum`), so that no metric depends on the order o
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -44,6 +46,8 @@ PANELS = (
 )
 SFT_PANELS = (("loss", "loss (nats a token)"), ("val/loss", "validation loss (nats a token)"), ("grad_norm", "gradient norm"))
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"  # Okabe and Ito: told apart by colour-blind eyes
+_LINES = (BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # theirs too, of benchmarks; orange is that of rows
+_STYLES = ({"marker": "s"}, {"marker": "D", "linestyle": "--"}, {"marker": "^", "linestyle": ":"})  # where colours run out
 
 
 def summarize(groups: Sequence[Group], scored: Sequence[Sequence[Scored]]) -> dict[str, float | int]:
@@ -185,10 +189,18 @@ def plain(value: Any) -> Any:
             return number if math.isfinite(number) else None
 
 
+def benchmark_of(metric: str) -> str | None:
+    """`name` of val/<name>/accuracy; None for all other metrics."""
+    match metric.split("/"):
+        case ["val", name, "accuracy"] if name != "reason":  # val/reason/<code>: a reward of a user's may have such a code
+            return name
+    return None
+
+
 def curves(run_dir: str | Path) -> Path:
     """Draws curves.png in the run's folder from its metrics.jsonl, however few rows that has; returns its path.
 
-    The paper's six curves, or for supervised training its loss.
+    The paper's six curves, or for supervised training its loss; below them, where there are benchmarks, all of these in one.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, once, at the end of a run
     from matplotlib.figure import Figure
@@ -197,15 +209,21 @@ def curves(run_dir: str | Path) -> Path:
     rows = read(folder / "metrics.jsonl")
     supervised = any("loss" in row for row in rows) and not any("reward/mean" in row for row in rows)
     panels = SFT_PANELS if supervised else PANELS
-    figure = Figure(figsize=(12, 3.1 * len(panels) / 3), dpi=150, layout="constrained")  # not pyplot's: no global state
+    asked = [name for name in dict.fromkeys(name for row in rows for name in row) if benchmark_of(name)]
+    height = len(panels) // 3 + bool(asked)
+    figure = Figure(figsize=(12, 3.1 * height), dpi=150, layout="constrained")  # not pyplot's: no global state
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    last = max((row["step"] for row in rows), default=0)
-    for axes, (metric, title) in zip(figure.subplots(len(panels) // 3, 3).flat, panels, strict=True):
-        points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
-        _panel(axes, points, validation=metric.startswith("val/"), scale=100 if metric == "val/accuracy" else 1)
+    grid, last = figure.add_gridspec(height, 3), max((row["step"] for row in rows), default=0)
+    points = lambda metric: [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]  # noqa: E731
+    for place, (metric, title) in enumerate(panels):
+        axes = figure.add_subplot(grid[place // 3, place % 3])
+        _panel(axes, points(metric), validation=metric.startswith("val/"), scale=100 if metric == "val/accuracy" else 1)
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#222222")
+    if asked:
+        _benchmarks(figure.add_subplot(grid[-1, :2]), {name: points(name) for name in ("val/accuracy", *asked)})
+    for axes in figure.axes:
         axes.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
-    for axes in figure.axes[-3:]:
+    for axes in figure.axes[-1 if asked else -3 :]:
         axes.set_xlabel("step", color=GREY)
     path = folder / "curves.png"
     temporary = folder / "curves.tmp.png"
@@ -214,8 +232,25 @@ def curves(run_dir: str | Path) -> Path:
     return path
 
 
-def _panel(axes: Axes, points: Sequence[tuple[int, float]], *, validation: bool, scale: float) -> None:
-    """One small multiple: validation as joined markers, anything else as a line, faint under a smooth one if long."""
+def _benchmarks(axes: Axes, points: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """The held-out rows and every benchmark in one panel of two columns; the third is for their names."""
+    _frame(axes)
+    looks = itertools.cycle([{"color": colour, **style} for style in _STYLES for colour in _LINES])
+    for metric, pairs in points.items():
+        name = benchmark_of(metric)
+        look = next(looks) if name else {"color": ORANGE, "marker": "o"}
+        if pairs:
+            steps, values = np.array(pairs, float).T
+            axes.plot(
+                steps, 100 * values, linewidth=1.5, markersize=4.5, label=name or "validation rows", clip_on=False, **look
+            )
+    axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
+    axes.set_title("benchmarks (%)", loc="left", fontsize=11, fontweight="bold", color="#222222")
+    legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.03), frameon=False, fontsize=9, labelcolor="#222222")
+    legend.set_in_layout(False)  # it has the third column to itself, and would narrow that of the other panels
+
+
+def _frame(axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.spines[["top", "right"]].set_visible(False)
@@ -226,6 +261,11 @@ def _panel(axes: Axes, points: Sequence[tuple[int, float]], *, validation: bool,
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+
+
+def _panel(axes: Axes, points: Sequence[tuple[int, float]], *, validation: bool, scale: float) -> None:
+    """One small multiple: validation as joined markers, anything else as a line, faint under a smooth one if long."""
+    _frame(axes)
     if not points:
         axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", va="center", color="#999999")
         axes.set_yticks([])

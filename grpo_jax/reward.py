@@ -134,22 +134,39 @@ def resolve(kind: str) -> Reward:
     """
     if kind in KINDS:
         return lambda responses, example: [judge(response.text, example.answer, kind) for response in responses]
-    module_name, _, name = kind.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), name]):
+    if not is_path(kind):
         raise ValueError(_unknown(kind))
+    return checked(imported(kind, "reward"), f"reward {kind!r}")
+
+
+def is_path(text: str) -> bool:
+    """Whether it has the form `package.module:function`."""
+    module_name, _, name = text.partition(":")
+    return all(part.isidentifier() for part in [*module_name.split("."), name])
+
+
+def imported(path: str, what: str) -> Callable[..., Any]:
+    """The function that a path (`is_path`) leads to; `what` it is for stands in errors.
+
+    Raises ValueError, in one line, where the module cannot be imported or has no such function.
+    """
+    module_name, _, name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         message = " ".join(str(error).split())
-        raise ValueError(f"reward {kind!r}: cannot import the module {module_name!r}: {message}") from error
+        raise ValueError(f"{what} {path!r}: cannot import the module {module_name!r}: {message}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"reward {kind!r}: the module {module_name!r} has no function {name!r}")
+        near = difflib.get_close_matches(name, set(dir(module)) - {name}, n=1)
+        hint = f": did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{what} {path!r}: the module {module_name!r} has no function {name!r}{hint}")
+    return function
 
-    def reward(responses: Sequence[Response], example: "Example") -> list[Scored]:
-        return _checked(kind, function(responses, example), len(responses))
 
-    return reward
+def checked(function: Callable[..., Any], label: str) -> Reward:
+    """A user's function of one group as a reward: its values as `Scored`, or a ValueError that begins with the label."""
+    return lambda responses, example: _checked(label, function(responses, example), len(responses))
 
 
 def _value(kind: str, think: bool, parsed: bool, names: bool, matched: bool) -> float:
@@ -272,13 +289,13 @@ def _canonical(value: Any) -> str:
     return "".join(written)
 
 
-def _checked(kind: str, results: Any, count: int) -> list[Scored]:
-    """What a user's reward returned for a group of `count` responses, as Scored, or a ValueError that names it."""
+def _checked(label: str, results: Any, count: int) -> list[Scored]:
+    """What a user's reward returned for a group of `count` responses, as Scored, or a ValueError that begins with the label."""
     if not isinstance(results, Iterable):
-        raise ValueError(f"reward {kind!r} returned {results!r:.80}; return a list, one value for each response")
+        raise ValueError(f"{label} returned {results!r:.80}; return a list, one value for each response")
     results = list(results)
     if len(results) != count:
-        raise ValueError(f"reward {kind!r} returned {len(results)} values for {count} responses; return one for each")
+        raise ValueError(f"{label} returned {len(results)} values for {count} responses; return one for each")
     scored = []
     for index, result in enumerate(results):
         own = result if isinstance(result, Scored) else Scored(result, CUSTOM, {})
@@ -287,7 +304,7 @@ def _checked(kind: str, results: Any, count: int) -> list[Scored]:
         except (TypeError, ValueError, OverflowError):
             value = math.nan
         if not math.isfinite(value):
-            raise ValueError(f"reward {kind!r} returned {result!r:.80} for response {index}; return finite numbers")
+            raise ValueError(f"{label} returned {result!r:.80} for response {index}; return finite numbers")
         scored.append(replace(own, value=value))
     return scored
 

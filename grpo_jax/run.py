@@ -276,7 +276,7 @@ def finish(run: Run) -> None:
         hf.save_adapter(folder / "adapter", run.policy.model, run.objective.lora, jax.device_get(own), run.policy.path)
         exported.append(("adapter", str(folder / "adapter")))
     drawn = metrics.curves(folder)
-    validated = [row for row in metrics.read(folder / "metrics.jsonl") if "val/accuracy" in row or "val/loss" in row]
+    validated = [row for row in metrics.read(folder / "metrics.jsonl") if any(name.startswith("val/") for name in row)]
     places = [
         ("metrics", str(folder / "metrics.jsonl")),
         ("rollouts", str(folder / "rollouts.jsonl")),

@@ -105,6 +105,8 @@ def check(cfg: SftConfig) -> None:
     """Everything that can be refused before anything is read."""
     inputs.require(cfg)
     checkpoint.compare(cfg, "grpo_jax.sft")
+    if cfg.validation.benchmarks:
+        raise ValueError("--validation.benchmarks: supervised training samples no responses; score its model with eval.run")
     if cfg.learner.tokens_per_microbatch < cfg.batch.max_tokens:
         raise ValueError(
             f"--learner.tokens_per_microbatch {cfg.learner.tokens_per_microbatch} is less than "

@@ -27,8 +27,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from data.command_line import plural
-from grpo_jax import checkpoint, config, console, hosts, inputs, learner, mesh, metrics, reward, rollout
+from grpo_jax import benchmarks, checkpoint, config, console, hosts, inputs, learner, mesh, metrics, reward, rollout
 from grpo_jax.batch import Batch, draw, exchange, place
+from grpo_jax.benchmarks import Asked, Benchmark
 from grpo_jax.config import TrainConfig
 from grpo_jax.console import Progress
 from grpo_jax.group import Group
@@ -59,7 +60,7 @@ from models.decoder import DecoderConfig
 def train(cfg: TrainConfig) -> None:
     """Runs, or resumes, the run of `cfg.run.dir`. Raises ValueError or FileNotFoundError for what a user can mend."""
     hosts.start(cfg.hosts)
-    score_group = hosts.together(lambda: check(cfg))
+    score_group, found = hosts.together(lambda: check(cfg))
     most = cfg.rollout.max_prompt_tokens
     ready = begin(
         cfg,
@@ -69,16 +70,19 @@ def train(cfg: TrainConfig) -> None:
         cfg.rollout.tensor,
     )
     policy, tasks = ready.policy, ready.tasks
+    asked = hosts.together(lambda: [benchmarks.encoded(one, policy, cfg.data, most, cfg.validation.limit) for one in found])
+    hosts.agree(lambda: benchmarks.identity(asked))
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.rollout.prompts_per_step)
-    introduce(cfg, policy, tasks, steps, ready.mesh)
+    introduce(cfg, policy, tasks, asked, steps, ready.mesh)
     run = open_run(cfg, "grpo_jax.train", ready, objective_of(cfg, ready.mesh, policy.model), steps * minibatches(cfg))
     sampling = sampling_of(cfg.rollout, run)
     with guarded(run), Progress(steps, run.step) as show:
+        validated = functools.partial(validate, run, tasks.validation, asked, sampling, score_group, show)
         if "pending" in run.meta:  # it was stopped in the validation of its last step
             row = run.meta["pending"]
-            end_step(run, show, row | validate(run, tasks.validation, sampling, score_group, show), row["step"] == steps)
+            end_step(run, show, row | validated(), row["step"] == steps)
         elif run.step == 0:
-            report(run, show, {"step": 0, **validate(run, tasks.validation, sampling, score_group, show)})
+            report(run, show, {"step": 0, **validated()})
         for step in range(run.step + 1, steps + 1):
             clock = Clock()
             sampled, batch = draw(run, tasks.train, sampling, score_group, show, clock, step)
@@ -98,17 +102,17 @@ def train(cfg: TrainConfig) -> None:
             run.meta["place"] = taken
             if step == steps or (cfg.validation.every and step % cfg.validation.every == 0):
                 run.step, run.meta["pending"] = step, metrics.plain(row)
-                row |= validate(run, tasks.validation, sampling, score_group, show)
+                row |= validated()
             end_step(run, show, row, step == steps)
     finish(run)
 
 
-def check(cfg: TrainConfig) -> Reward:
-    """Everything that can be refused before anything is read; returns the reward function."""
+def check(cfg: TrainConfig) -> tuple[Reward, list[Benchmark]]:
+    """Everything that can be refused before anything is read; returns the reward function and the benchmarks."""
     inputs.require(cfg)
     check_options(cfg)
     checkpoint.compare(cfg, "grpo_jax.train")
-    return reward.resolve(cfg.reward.kind)
+    return reward.resolve(cfg.reward.kind), benchmarks.read(cfg.validation.benchmarks)
 
 
 def check_options(cfg: TrainConfig) -> None:
@@ -145,6 +149,8 @@ def check_options(cfg: TrainConfig) -> None:
             f"--reward.overlong_margin {cfg.reward.overlong_margin} is more than --rollout.max_response_tokens "
             f"{cfg.rollout.max_response_tokens}; lower it"
         )
+    if cfg.validation.benchmarks and not cfg.validation.limit:
+        raise ValueError("--validation.limit 0 asks no benchmark either: raise it, or leave out --validation.benchmarks")
     longest = cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
     if cfg.learner.tokens_per_microbatch < longest:
         raise ValueError(
@@ -188,7 +194,7 @@ def minibatches(cfg: TrainConfig) -> int:
     return cfg.update.passes * -(-cfg.rollout.prompts_per_step // cfg.update.prompts_per_minibatch)
 
 
-def introduce(cfg: TrainConfig, policy: Policy, tasks: Tasks, steps: int, device_mesh: Mesh) -> None:
+def introduce(cfg: TrainConfig, policy: Policy, tasks: Tasks, asked: Sequence[Asked], steps: int, device_mesh: Mesh) -> None:
     """Prints the arithmetic of the run."""
     if cfg.loss.objective == "gspo" and cfg.loss.clip_high > 0.05:
         console.warn(
@@ -201,6 +207,7 @@ def introduce(cfg: TrainConfig, policy: Policy, tasks: Tasks, steps: int, device
         f"GRPO: {cfg.model.path}",
         [
             ("data", tasks.summary()),
+            *([("benchmarks", benchmarks.summary(asked))] if asked else []),
             ("a step", f"{plural(n, 'prompt')} x {g} = {plural(n * g, 'response')}; {updates}"),
             ("a micro-batch", f"{cfg.learner.tokens_per_microbatch:,} tokens a device at most, prompts counted once a group"),
             ("learned", inputs.learned(policy.model, inputs.adapters(cfg.lora))),
@@ -251,21 +258,22 @@ def learn(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -> dict[s
     return learner.step_metrics(done) if done else {}  # no group had anything to teach
 
 
-def validate(run: Run, tasks: Sequence[Task], sampling: Sampling, score_group: Reward, show: Progress) -> dict[str, Any]:
-    """Greedy responses to the held-out rows: the share with a reward of at least 1, and the reasons."""
-    if not tasks:
-        return {}
-    clock = Clock()
-    greedy = replace(sampling, temperature=0.0, group_size=1)
-    batch = exchange(run, tasks, greedy, score_group, show, "validation", clock)
-    summary = metrics.summarize(batch.groups, batch.scored)
-    shares = {k: v for k, v in summary.items() if k.startswith(("reason/", "response_tokens/mean"))}
-    accuracy = sum(row[0].value >= 1 for row in batch.scored) / len(tasks)
-    return {
-        "val/accuracy": accuracy,
-        **{f"val/{k}": v for k, v in shares.items()},
-        "time/validation": sum(clock.seconds.values()),
-    }
+def validate(
+    run: Run, tasks: Sequence[Task], asked: Sequence[Asked], sampling: Sampling, score_group: Reward, show: Progress
+) -> dict[str, Any]:
+    """Greedy responses to the held-out rows: the share with a reward of at least 1, and the reasons. To benchmarks, likewise:
+    the share that their verdicts call right."""
+    clock, greedy, row = Clock(), replace(sampling, temperature=0.0, group_size=1), {}
+    right = lambda batch: sum(scored[0].value >= 1 for scored in batch.scored)  # noqa: E731
+    if tasks:
+        batch = exchange(run, tasks, greedy, score_group, show, "validation", clock)
+        row["val/accuracy"] = right(batch) / len(tasks)
+        summary = metrics.summarize(batch.groups, batch.scored)
+        row |= {f"val/{k}": v for k, v in summary.items() if k.startswith(("reason/", "response_tokens/mean"))}
+    for one in asked:
+        batch = exchange(run, one.tasks, greedy, one.verdict, show, one.name, clock)
+        row[f"val/{one.name}/accuracy"] = right(batch) / one.count
+    return row | {"time/validation": sum(clock.seconds.values())} if row else {}
 
 
 def watch_refills(run: Run, row: dict[str, Any]) -> None:

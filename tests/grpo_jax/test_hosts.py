@@ -36,6 +36,7 @@ OPTIONS = {
     "checkpoint.keep": STEPS,
     "validation.limit": 5,
     "validation.every": 1,
+    "validation.benchmarks": "tests.grpo_jax.length_reward:benchmark",  # three tasks: fewer than some have hosts
     "rollout.prompts_per_step": 5,
     "rollout.group_size": 3,
     "rollout.max_prompt_tokens": 400,

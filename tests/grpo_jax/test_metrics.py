@@ -174,6 +174,23 @@ def test_curves_are_drawn_from_any_number_of_rows(tmp_path, count):
     assert sorted(os.listdir(tmp_path)) == ["curves.png", "metrics.jsonl", "rollouts.jsonl"]
 
 
+def test_benchmarks_are_lines_of_one_more_panel(tmp_path, monkeypatch):
+    drawn = []
+    panel = metrics._benchmarks
+    monkeypatch.setattr(metrics, "_benchmarks", lambda axes, points: (panel(axes, points), drawn.append(axes)))
+    names = [f"part_{number}" for number in range(20)]
+    log = metrics.Log.open(tmp_path, 0, False)
+    log.step({"step": 0, "val/accuracy": 0.25, **{f"val/{name}/accuracy": 0.5 for name in names[:19]}})
+    log.step({"step": 4, "val/accuracy": 0.75, "val/part_19/accuracy": 1.0, "val/reason/accuracy": 1.0, "val/a/b": 1.0})
+    log.close()
+    assert struct.unpack(">II", metrics.curves(tmp_path).read_bytes()[16:24]) == (1800, 1395)
+    lines = drawn[0].get_lines()
+    assert [line.get_label() for line in lines] == ["validation rows", *names]
+    assert lines[0].get_xydata().tolist() == [[0, 25], [4, 75]] and lines[20].get_xydata().tolist() == [[4, 100]]
+    looks = [(line.get_color(), line.get_marker()) for line in lines]
+    assert len(set(looks[:19])) == 19  # then they begin again
+
+
 @pytest.mark.parametrize("count", [21, 22, 400])
 def test_smoothing_keeps_constants_and_the_middle_of_a_line(count):
     np.testing.assert_allclose(metrics._smooth(np.full(count, 0.3)), 0.3, rtol=1e-12)
@@ -275,6 +292,8 @@ def test_header_and_closing_table():
     }
     console.closing(before, after, [("model", "/runs/" + "x" * 100)], plain)
     console.closing({}, {"val/accuracy": 0.5}, [], plain)
+    bench = {"val/my_reason/accuracy": 0.0, "val/loss/accuracy": 0.5, "val/reason/correct": 0.5}
+    console.closing({"val/accuracy": 0.0, "val/my_reason/accuracy": 0.0}, {"val/accuracy": 0.5, **bench}, [], plain)
     console.closing({"val/loss": 1.25}, {"val/loss": 1.0, "loss": 3.0}, [], plain)
     assert plain.file.getvalue().splitlines() == [
         "demo",
@@ -292,6 +311,13 @@ def test_header_and_closing_table():
         "",
         "validation    before   after  difference",
         "accuracy           -   50.0%           -",
+        "",
+        "",
+        "validation    before   after  difference",
+        "accuracy        0.0%   50.0%       +50.0",
+        "correct            -   50.0%           -",
+        "my_reason       0.0%    0.0%        +0.0",
+        "loss               -   50.0%           -",
         "",
         "",
         "validation    before   after  difference",

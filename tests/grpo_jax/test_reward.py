@@ -532,6 +532,7 @@ def test_what_the_users_code_raises_passes_through(own):
         ("json.loads", "package.module:function"),
         ("no_such_package.rewards:mine", "cannot import the module 'no_such_package.rewards'"),
         ("json:no_such_function", "the module 'json' has no function 'no_such_function'"),
+        ("json:lods", "has no function 'lods': did you mean 'loads'?"),
         ("string:digits", "has no function 'digits'"),
     ],
 )

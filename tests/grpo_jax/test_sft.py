@@ -133,6 +133,12 @@ def test_a_row_longer_than_a_microbatch_is_refused_before_anything_is_read(tmp_p
         sft.sft(replace(cfg, learner=replace(cfg.learner, tokens_per_microbatch=100)))
 
 
+def test_benchmarks_are_refused_since_nothing_is_sampled(tmp_path):
+    cfg = settings("no/such/model", "no/such/rows", tmp_path / "run", 2)
+    with pytest.raises(ValueError, match="^--validation.benchmarks: supervised training samples no responses"):
+        sft.sft(replace(cfg, validation=replace(cfg.validation, benchmarks="eval.bfcl:multiple")))
+
+
 def test_empty_thoughts_are_not_taught_unsaid(capsys):
     bare = [
         Task(make([], [], [], "test", extra), np.zeros(1, np.int32)) for extra in ({}, {"reasoning": "so"}, {"response": "x"})

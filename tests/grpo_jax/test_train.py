@@ -27,10 +27,12 @@ from scripts import export_hf
 from tests.grpo_jax.small_run import SMALL, STEPS, rows, small, words
 
 ROOT = Path(__file__).resolve().parents[2]
+BENCHMARK = "tests.grpo_jax.length_reward:benchmark"
+OPTIONS = {**SMALL, "validation.benchmarks": BENCHMARK}
 
 
 def command(model: str, folder: Path, **options) -> list[str]:
-    options = {**SMALL, "model.path": model, "run.dir": str(folder), **options}
+    options = {**OPTIONS, "model.path": model, "run.dir": str(folder), **options}
     return [sys.executable, "-W", "ignore", "-m", "grpo_jax.train", "demo", *words(options)]
 
 
@@ -86,6 +88,8 @@ def test_the_run_learns_something(unbroken):
     assert found[1]["clip_fraction"] >= 0 and all(row["rollout/logp_mismatch_max"] < 1e-4 for row in found[1:])
     assert np.mean([row["groups/zero_variance"] for row in found[1:]]) < 1
     assert found[1]["reward/mean"] != found[2]["reward/mean"]
+    answered = {row["step"]: row["val/benchmark/accuracy"] for row in found if "val/benchmark/accuracy" in row}
+    assert list(answered) == [0, 3, 6] and {round(3 * share, 9) for share in answered.values()} <= {0, 1, 2, 3}
 
 
 def test_killed_in_step_4_resumes_bit_equal(tiny_model, environment, unbroken, tmp_path):
@@ -198,10 +202,13 @@ def test_an_identity_field_refuses_and_an_operational_one_is_noted(tiny_model, e
     other = run(command(tiny_model, folder, **{"rollout.temperature": 0.9}), environment)
     assert other.returncode == 2 and "rollout.temperature: 0.7 -> 0.9" in other.stderr
     assert other.stderr.count("\n") == 1
-    longer = run(command(tiny_model, folder, **{"run.steps": STEPS + 1, "checkpoint.keep": 3}), environment)
+    other = {"validation.benchmarks": "tests.grpo_jax.test_benchmarks:benchmark"}
+    longer = run(command(tiny_model, folder, **{"run.steps": STEPS + 1, "checkpoint.keep": 3, **other}), environment)
     assert longer.returncode == 0, longer.stderr
     assert f"run.steps: {STEPS} -> {STEPS + 1}" in longer.stdout
+    assert f"validation.benchmarks: {BENCHMARK} -> tests.grpo_jax.test_benchmarks:benchmark" in longer.stdout
     assert rows(folder)[: STEPS + 1] == rows(unbroken) and rows(folder)[-1]["step"] == STEPS + 1
+    assert rows(folder)[-1]["val/benchmark/accuracy"] == 1.0  # the other one's verdict
 
 
 def test_a_field_that_a_run_is_older_than_had_its_default(tiny_model, unbroken, tmp_path):
@@ -209,7 +216,7 @@ def test_a_field_that_a_run_is_older_than_had_its_default(tiny_model, unbroken, 
     before = json.loads((folder / "config.json").read_text())
     del before["loss"]["objective"], before["lora"]
     (folder / "config.json").write_text(json.dumps(before))
-    cfg = config.parse(TrainConfig, "grpo_jax.train", words({**SMALL, "model.path": tiny_model, "run.dir": str(folder)}))
+    cfg = config.parse(TrainConfig, "grpo_jax.train", words({**OPTIONS, "model.path": tiny_model, "run.dir": str(folder)}))
     identity, _ = config.differences({k: v for k, v in before.items() if k != "program"}, cfg)
     assert identity == []
     older = {k: dict(v) for k, v in before.items() if k != "program"}
@@ -265,6 +272,8 @@ def refused(capsys, *arguments: str) -> str:
         (["--run.seed", "-1"], "--run.seed -1 must lie in 0 ... 2147483647"),
         (["--run.seed", "2147483648"], "--run.seed 2147483648 must"),
         (["--reward.kind", "binry"], "did you mean 'binary'?"),
+        (["--validation.benchmarks", "eval.bfcl:simpel_java"], "did you mean 'simple_java'?"),
+        (["--validation.benchmarks", BENCHMARK, "--validation.limit", "0"], "--validation.limit 0 asks no benchmark either"),
         (["--learner.tokens_per_microbatch", "100"], "raise it"),
         (["--model.path", ""], "--model.path is missing"),
         (["tool-n1-7b"], "--data.path is missing"),
@@ -355,9 +364,11 @@ def test_an_interrupted_run_waits_for_its_last_save(tiny_model, tmp_path, monkey
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["1", "2"]
 
 
-@pytest.mark.parametrize("call, saved", [(1, 0), (3, 1), (5, 3), (6, 3)], ids=["begin", "rollout", "validation", "after it"])
+@pytest.mark.parametrize(
+    "call, saved", [(1, 0), (4, 1), (6, 3), (7, 3), (8, 3)], ids=["begin", "rollout", "validation", "benchmark", "after it"]
+)
 def test_stopped_in_sampling_it_goes_on_as_if_it_had_not_been(call, saved, tiny_model, unbroken, tmp_path, monkeypatch):
-    """Calls of the sampler: validation, steps 1, 2, 3, validation of step 3, steps 4, ..."""
+    """Calls of the sampler: validation and benchmark, steps 1, 2, 3, validation and benchmark of step 3, steps 4, ..."""
     calls, respond = iter(range(1, 100)), batch.respond
 
     def stopped(*arguments):
@@ -366,7 +377,7 @@ def test_stopped_in_sampling_it_goes_on_as_if_it_had_not_been(call, saved, tiny_
         return respond(*arguments)
 
     monkeypatch.setattr(batch, "respond", stopped)
-    options = {**SMALL, "model.path": tiny_model, "run.dir": str(tmp_path / "run")}
+    options = {**OPTIONS, "model.path": tiny_model, "run.dir": str(tmp_path / "run")}
     cfg = config.parse(TrainConfig, "grpo_jax.train", words(options))
     with pytest.raises(SystemExit) as stop:
         train.train(cfg)
@@ -378,11 +389,11 @@ def test_stopped_in_sampling_it_goes_on_as_if_it_had_not_been(call, saved, tiny_
 
 
 def test_a_row_that_waited_for_its_validation_is_written_once(tiny_model, unbroken, tmp_path, monkeypatch):
-    """Stopped in the validation of step 3; resumed, and killed before the next checkpoint; resumed again."""
-    options = {**SMALL, "checkpoint.every": 100, "model.path": tiny_model, "run.dir": str(tmp_path / "run")}
+    """Stopped in the benchmark of step 3; resumed, and killed before the next checkpoint; resumed again."""
+    options = {**OPTIONS, "checkpoint.every": 100, "model.path": tiny_model, "run.dir": str(tmp_path / "run")}
     cfg = config.parse(TrainConfig, "grpo_jax.train", words(options))
     respond = batch.respond
-    for call, error in ((5, hosts.Stopped), (2, KeyboardInterrupt)):  # the second: after that validation, in step 4
+    for call, error in ((7, hosts.Stopped), (3, KeyboardInterrupt)):  # the second: after that validation, in step 4
         calls = iter(range(1, 100))
 
         def ended(*arguments, calls=calls, call=call, error=error):
