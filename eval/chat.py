@@ -27,8 +27,7 @@ from rich.text import Text
 from data import command_line, jsonl, prompt
 from data.command_line import plural
 from data.example import Example, make
-from eval import run as evaluation
-from eval.run import Model, open_model, respond, response_tokens
+from eval.answer import Model, open_model, respond, response_tokens, template_of
 from grpo_jax import config, inputs
 from grpo_jax.console import CONSOLE, header, note, visible, warn
 from grpo_jax.inputs import Policy
@@ -264,7 +263,7 @@ def begin(args: Args) -> Chat:
     if not args.temperature >= 0:
         raise ValueError(f"--temperature {args.temperature}: give a number from 0 on")
     tools = read_tools(args.tools)
-    template = evaluation.template_of(evaluation.Args(args.model, evaluation.Data("", args.template), Path()))
+    template = template_of(args.model, args.template)
     policy = inputs.load_policy(args.model)
     request = make([{"role": "user", "content": "?"}], tools, (), "chat")
     longest, context = args.max_response_tokens, policy.model.max_positions

@@ -23,9 +23,9 @@ from data import jsonl
 from data.command_line import plural
 from eval import acebench, api_bank, bfcl, chance
 from eval.chance import ALL, Pairs
+from eval.record import NO_REPLY
 
 AGAIN = "answer the benchmarks again: python -m eval.run --help"
-NO_REPLY = "no_reply"  # the reason of an item that a file of replies lacks, or that a server left without an answer
 CUT = "cut off"
 UNKNOWN = "not known"
 SETTINGS = {  # of scores.json, and what a reader calls them
@@ -85,7 +85,7 @@ BENCHMARKS = {
         api_bank.aggregates,
         ("accuracy", "toolrl"),
         ("accuracy",),
-        399,
+        sum(api_bank.SIZES.values()),
         _figure_3(api_bank.PAPER),
         ("figure 3", "accuracy", "accuracy_394", "accuracy_reachable"),
         {"accuracy": "figure 3"},

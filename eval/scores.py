@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data.command_line import plural
+from eval import markdown
 from eval.record import Row
 from eval.selection import Benchmark
 
@@ -85,11 +86,14 @@ def page(scores: Mapping[str, Any]) -> str:
         "most tokens of a response": None if scores["replies"] else scores["max_response_tokens"],
         "template": scores["template_fingerprint"],
     }
-    lines = [f"# {scores['model']}", "", *(f"- {name}: {value}" for name, value in told.items() if value is not None), ""]
+    told = {name: markdown.cell(str(value)) for name, value in told.items() if value is not None}
+    lines = [f"# {markdown.cell(scores['model'])}", "", *(f"- {name}: {value}" for name, value in told.items()), ""]
     for name, found in scores["benchmarks"].items():
         head, *rows = table(name, found)
-        lines += [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
+        lines += markdown.table(head, rows)
         options = ", ".join(f"{option} {value}" for option, value in found["options"].items() if option != "categories")
-        lines += ["", *(f"{line[0].upper()}{line[1:]}.  " for line in [*remarks(found), f"asked with {options}"]), ""]
+        lines += [
+            *(f"{line[0].upper()}{line[1:]}.  " for line in [*remarks(found), f"asked with {markdown.cell(options)}"]),
+            "",
+        ]
     return "\n".join(lines)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from data import command_line
 from eval import acebench, api_bank, bfcl
 from eval.benchmark import Item
 from grpo_jax import checkpoint
+from grpo_jax.benchmarks import spread
 from grpo_jax.reward import Scored, parse_calls
 
 MODULES = {"bfcl": bfcl, "api_bank": api_bank, "acebench": acebench}
-Anything = TypeVar("Anything")
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,6 @@ def choose(
         ids = frozenset(item.id for item in every)
         found.append(Benchmark(name, of, items, ids, told, module.verdict, calls, module.aggregates))
     return found
-
-
-def spread(items: Sequence[Anything], limit: int | None) -> list[Anything]:
-    """At most `limit` of them, in equal steps from the first on: files are sorted, so their beginning is not like the rest."""
-    count = len(items) if limit is None else min(limit, len(items))
-    return [items[place * len(items) // count] for place in range(count)]
 
 
 def _words(option: str, text: str, known: Mapping[str, Any]) -> list[str]:

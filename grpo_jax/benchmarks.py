@@ -104,9 +104,9 @@ def encoded(benchmark: Benchmark, policy: Policy, settings: config.Data, most: i
     return Asked(benchmark.name, tasks, len(every), len(benchmark.examples), benchmark.verdict)
 
 
-def spread(items: Sequence[Item], limit: int) -> list[Item]:
+def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
     """At most `limit` of them, in equal steps from the first on: files are sorted, so their beginning is not like the rest."""
-    count = min(limit, len(items))
+    count = len(items) if limit is None else min(limit, len(items))
     return [items[place * len(items) // count] for place in range(count)]
 
 
