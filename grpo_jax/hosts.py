@@ -202,6 +202,15 @@ def memory() -> int | None:
     return None if None in told else min(told)
 
 
+def free_memory() -> int | None:
+    """Bytes of this host's own memory that programs may still take; None where the system does not tell (no Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
 # ---------------------------------------------------------------- a wish to stop
 
 

@@ -31,8 +31,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from grpo_jax import hosts, seating
 from grpo_jax import mesh as meshes
-from grpo_jax import seating
 from grpo_jax.group import Group
 from grpo_jax.packing import bucket
 from grpo_jax.seating import Limits, Name, Shape, Swap
@@ -490,11 +490,13 @@ def pool_size(
     A row is counted with 512 tokens of its own, for responses are mostly much shorter than they may be, with its share of
     a prompt of the longest kind of which half the rows have ended, and with four copies of its logits. Where longer
     responses come together, `cache_bytes` bounds them. At most 1024 rows a device: by then decoding is bound by arithmetic.
-    Where a device tells nothing of its memory (a CPU), 128 rows and no bound: there decoding is bound by arithmetic from a
-    few dozen rows on.
+    Where a device tells nothing of its memory (a CPU), 128 rows, for decoding is bound by arithmetic there from a few dozen
+    rows on; their caches are bounded by what the host has free now, shared by its devices, and unbounded where that is not
+    known (no Linux).
     """
     if free is None:
-        return _ROWS, None
+        host = hosts.free_memory()
+        return _ROWS, None if host is None else int(_CACHE_SHARE * host) // shards
     own, share = min(512, sampling.max_response_tokens), -(-2 * max_prompt_tokens // sampling.group_size)
     row = (own + share) * cache_bytes_a_token(config, dtype) + 4 * 4 * config.vocab
     cache = int(_CACHE_SHARE * max(0, free))

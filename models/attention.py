@@ -26,6 +26,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 # Finite, so that a row in which every key is masked stays free of nan; it then merges with weight exp(MASKED - m) = 0.
 MASKED = -1e30
+# Queries whose scores against a whole long sequence are held at once.
+QUERIES = 1024
 # Under this name the outputs of a pack's attention may be kept for the backward pass (see models.decoder.hidden, `remat`).
 SAVED = "attention"
 
@@ -142,13 +144,24 @@ def _heads_last(o: Array, heads: int) -> Array:
 def causal(q: Array, k: Array, v: Array) -> Array:
     """Plain causal attention. q [..., T, H, C]; k, v [..., T, K, C] -> [..., T, H, C].
 
-    Right padding needs no mask: no real token looks to its right.
+    Right padding needs no mask: no real token looks to its right. Long sequences go by blocks of QUERIES queries, one after
+    another, so that scores take memory in proportion to T.
     """
     *_, t, heads, _ = q.shape
-    kv_heads = k.shape[-2]
-    mask = jnp.tile(jnp.tril(jnp.ones((t, t), bool)), (heads // kv_heads, 1))
-    o = _merge(_part(_heads_first(q, kv_heads), jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3), mask))
-    return _heads_last(o, heads).astype(q.dtype)
+    kv_heads, size = k.shape[-2], min(t, QUERIES)
+    k, v = jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3)
+
+    def block(given: tuple[Array, Array]) -> Array:
+        start, some = given
+        mask = jnp.arange(t) <= start + jnp.arange(size)[:, None]
+        return _merge(_part(_heads_first(some, kv_heads), k, v, jnp.tile(mask, (heads // kv_heads, 1))))
+
+    if size == t:
+        return _heads_last(block((jnp.int32(0), q)), heads).astype(q.dtype)
+    padded = jnp.pad(q, [(0, 0)] * (q.ndim - 3) + [(0, -t % size), (0, 0), (0, 0)])
+    blocks = jnp.moveaxis(padded.reshape(*q.shape[:-3], -1, size, *q.shape[-2:]), -4, 0)
+    o = _heads_last(jax.lax.map(block, (size * jnp.arange(len(blocks)), blocks)), heads)
+    return jnp.moveaxis(o, 0, -4).reshape(padded.shape)[..., :t, :, :].astype(q.dtype)
 
 
 def packed(q: Array, k: Array, v: Array, layout: PackLayout) -> Array:

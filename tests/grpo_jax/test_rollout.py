@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import learner, packing, rollout, seating
+from grpo_jax import hosts, learner, packing, rollout, seating
 from grpo_jax.learner import Objective
 from grpo_jax.rollout import Sampling, Usage
 from models import decoder
@@ -95,11 +95,11 @@ def test_equals_a_sampler_that_recomputes_the_sequence_for_every_token(x64, grou
     prompts, sampling = ragged_prompts([3, 9, 1, 6, 4, 5]), replace(sampling, group_size=group_size)
     params = random_params()
     lengths, last = set(), Counter()
-    for prompt, group in zip(prompts, draw(prompts, sampling, seed=1, step=4), strict=True):
+    for prompt, group in zip(prompts, draw(prompts, sampling, seed=1, step=8), strict=True):
         np.testing.assert_array_equal(group.prompt, prompt)
         assert len(group.responses) == len(group.sampler_logp) == len(group.truncated) == group_size
         for j in range(group_size):
-            tokens, logp, truncated = slow_response(params, prompt, sampling, 1, 4, j)
+            tokens, logp, truncated = slow_response(params, prompt, sampling, 1, 8, j)
             assert (group.responses[j].tolist(), group.truncated[j]) == (tokens, truncated)
             assert group.responses[j].dtype == np.int32 and group.sampler_logp[j].dtype == np.float64
             np.testing.assert_allclose(group.sampler_logp[j], logp, rtol=0, atol=1e-10)
@@ -219,9 +219,11 @@ def test_an_empty_prompt_is_refused():
         rollout.sample(MODEL, random_params(np.float32), [PROMPTS[0], PROMPTS[1][:0]], SAMPLING)
 
 
-def test_the_pool_is_as_large_as_memory_allows():
+def test_the_pool_is_as_large_as_memory_allows(monkeypatch):
     model, sampling = decoder.SIZES["qwen2.5-0.5b"], Sampling((1,), 5, 8192)
-    assert rollout.pool_size(model, "float32", sampling, 4096, None, 4) == (128, None)
+    for host, cache in ((None, None), (10**9, 10**8)):  # a CPU: the host's memory, over its 4 devices
+        monkeypatch.setattr(hosts, "free_memory", lambda host=host: host)
+        assert rollout.pool_size(model, "float32", sampling, 4096, None, 4) == (128, cache)
     token = rollout.cache_bytes_a_token(model, "bfloat16")
     assert token == 12288
     rows, cache = rollout.pool_size(model, "bfloat16", sampling, 4096, 20 * 10**9, 1)
@@ -582,7 +584,7 @@ def watched(function, *args):
 
 prefill, decode = rollout._prefill, rollout._decode
 rollout._prefill, rollout._decode = (lambda *args, f=f: watched(f, *args) for f in (prefill, decode))
-params, expected = random_params(), rollout.sample(MODEL, random_params(), PROMPTS, AT_ONCE)[0]
+params, expected = random_params(seed=3), rollout.sample(MODEL, random_params(seed=3), PROMPTS, AT_ONCE)[0]
 devices = mesh.make(config.Mesh(fsdp=2))
 assert dict(devices.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
 placed = jax.device_put(params, mesh.shardings(devices, MODEL))
