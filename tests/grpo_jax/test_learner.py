@@ -222,7 +222,7 @@ def adapters_of(model, settings, b=0.3):
     ids=["qwen2 tied", "three targets", "llama untied", "llama, three targets"],
 )
 def test_the_gradient_of_adapters_is_that_of_the_merged_model_projected(x64, model, settings, remat):
-    """With W + s a b: da = s dW b^T and db = s a^T dW."""
+    """With W + s b a: da = s b^T dW and db = s dW a^T."""
     objective = replace(ALL, lora=settings, remat=remat)
     packs, base, adapters = packs_of(draw(model, TEN)), params_of(model), adapters_of(model, settings)
     found, sums = accumulated(model, objective, adapters, packs, base)
@@ -230,10 +230,10 @@ def test_the_gradient_of_adapters_is_that_of_the_merged_model_projected(x64, mod
     scale, want = settings.alpha / settings.rank, {"layers": {}}
     for part, matrices in adapters["layers"].items():
         for name, one in matrices.items():
-            a = one["a"].reshape(model.layers, -1, settings.rank)
-            b = one["b"].reshape(model.layers, settings.rank, -1)
-            dw = of_merged["layers"][part][name].reshape(model.layers, a.shape[1], b.shape[2])
-            da, db = scale * dw @ b.swapaxes(1, 2), scale * a.swapaxes(1, 2) @ dw
+            a = one["a"].reshape(model.layers, settings.rank, -1)
+            b = one["b"].reshape(model.layers, -1, settings.rank)
+            dw = of_merged["layers"][part][name].reshape(model.layers, b.shape[1], a.shape[2])
+            da, db = scale * b.swapaxes(1, 2) @ dw, scale * dw @ a.swapaxes(1, 2)
             want["layers"].setdefault(part, {})[name] = {"a": da.reshape(one["a"].shape), "b": db.reshape(one["b"].shape)}
     assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(want)) > 1e-5
     far = {"gradient": distance(found, want), "sums": distance(sums, want_sums)}
