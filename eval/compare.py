@@ -23,7 +23,6 @@ from data import command_line
 from data.command_line import plural
 from eval import comparison, report, results
 from eval.chance import ALL
-from eval.markdown import printable
 from eval.results import BENCHMARKS, Folder
 from grpo_jax import config, console
 
@@ -94,7 +93,7 @@ def run(args: Args) -> None:
     comparison.scores(args.out / comparison.SCORES, folders)
     comparison.errors(args.out / comparison.ERRORS, folders)
     for note in notes:
-        console.warn(printable(note))
+        console.warn(console.visible(note))
     show(folders, base)
     console.note(f"written: {args.out / comparison.PAGE}, {comparison.SCORES}, {comparison.ERRORS}")
 
@@ -118,7 +117,7 @@ def show(folders: Sequence[Folder], base: Folder) -> None:
                 sides = f"{cells[ALL].won:,} won, {cells[ALL].lost:,} lost{of}, p: {comparison.p_value(cells[ALL])}"
                 rows.append((f"{other.label} - {base.label}", shown | {"": sides}))
         widths = [max(map(len, column)) for column in zip_longest(*(shown.values() for _, shown in rows), fillvalue="")]
-        lines = [(printable(label), _columns(shown.values(), widths)) for label, shown in rows]
+        lines = [(console.visible(label), _columns(shown.values(), widths)) for label, shown in rows]
         console.header(f"{benchmark.title}, {plural(len(ids), 'item')}: {', '.join(map(results.words, rows[0][1]))}", lines)
 
 

@@ -17,8 +17,9 @@ import numpy as np
 from data.command_line import plural
 from eval import chance, report, results
 from eval.chance import ALL, Pairs
-from eval.markdown import cell, code, fenced, printable, table
+from eval.markdown import cell, code, fenced, table
 from eval.results import BENCHMARKS, Folder, words
+from grpo_jax.console import visible
 
 PAGE, SCORES, ERRORS = "comparison.md", "scores.png", "errors.png"
 QUOTED = 3  # items whose outputs are quoted, of those won and of those lost
@@ -307,7 +308,7 @@ def _marks(axes: Any, y: float, marks: Mapping[str, float], character: float) ->
 
 def _label(text: str) -> str:
     """A folder's label in a picture, which takes a pair of $ for mathematics."""
-    line = " ".join(printable(text).split()).replace("$", "\\$")
+    line = " ".join(visible(text, "utf-8").split()).replace("$", "\\$")
     return line if len(line) <= 40 else f"{line[:39]}…"
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+TAKEN = "another process is writing it: wait for its end, or give another --out"
 
 
 class Lines:
@@ -18,11 +21,7 @@ class Lines:
     def __init__(self, path: Path):
         """Raises ValueError where another process writes it."""
         self._file = path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise ValueError(f"{path}: another process is writing it: wait for its end, or give another --out") from None
+        lock(self._file, f"{path}: {TAKEN}")
         self._file.seek(0)
         whole = self._file.read()
         end = whole.rfind(b"\n") + 1
@@ -41,6 +40,16 @@ class Lines:
 
     def close(self) -> None:
         self._file.close()
+
+
+def lock(file: IO[Any], taken: str) -> None:
+    """Locks a file until it is closed. Closes it and raises ValueError(taken) where another process has it locked."""
+    with contextlib.suppress(OSError):  # some network file systems know no locks
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(taken) from None
 
 
 def encoded(row: dict[str, Any]) -> bytes:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from data.command_line import plural
+from grpo_jax.console import visible
 
 HEAD, TAIL = 500, 700  # characters of a long text that are quoted; the end of a reply has its calls
 
@@ -19,23 +20,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)] + [""]
 
 
-def printable(text: str) -> str:
-    """The text with what does not print, but for spaces, tabs and line ends, written as its escape.
-
-    Among that are a terminal's control characters, halves of surrogate pairs, which no file takes, and marks that turn the
-    direction of a line.
-    """
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
-
-
 def _inert(text: str) -> str:
-    """Printable, and "<" of a tag as "&lt;", but for those of our own format: for viewers that do not know what code is."""
-    return re.sub(r"<(?=[A-Za-z/!?])(?!/?(?:think|tool_call)>)", "&lt;", printable(text))
+    """Visible, and "<" of a tag as "&lt;", but for those of our own format: for viewers that do not know what code is."""
+    return re.sub(r"<(?=[A-Za-z/!?])(?!/?(?:think|tool_call)>)", "&lt;", visible(text, "utf-8"))
 
 
 def cell(text: str) -> str:
     """One line of text as Markdown that shows it as it is, in a table, too."""
-    line = " ".join(printable(text).split())
+    line = " ".join(visible(text, "utf-8").split())
     line = re.sub(r"([\\`*\[\]|~#])|(?<!\w)_|_(?!\w)", lambda found: "\\" + found[0], line)
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 

@@ -2,6 +2,7 @@
 
 OUT/settings.json    what all results in the folder share: model, template, decoding, benchmarks and how they are asked
 OUT/NAME.jsonl       a line an item of the benchmark, as they come: `row`
+OUT/lock             held by the process that is at work in the folder
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from eval import report
 from eval.benchmark import Item
-from eval.lines import Lines
+from eval.lines import TAKEN, Lines, lock
 from eval.selection import Benchmark
 
 NO_REPLY = "no_reply"  # the reason of an item that a file of replies lacks, or that a server left without an answer
@@ -44,7 +45,7 @@ def row(
         "calls": _plain(benchmark.calls(output, item)),
         "value": 0.0 if missing else scored.value,
         "reason": missing or scored.reason,
-        "parts": scored.parts,
+        "parts": dict.fromkeys(scored.parts, 0.0) if missing else scored.parts,
     }
 
 
@@ -92,12 +93,14 @@ class Results:
 
     def __init__(self, out: Path, settings: Mapping[str, Any], benchmarks: Sequence[Benchmark], *, anew: bool = False):
         """anew: what earlier starts left goes. Raises ValueError where the folder is another's, in use or damaged."""
-        out.mkdir(parents=True, exist_ok=True)
-        settled = settle(out, settings)
         self.rows: dict[str, dict[str, Row]] = {}  # by benchmark and id
         self._lines: dict[str, Lines] = {}
         self.added: Callable[[Row], None] = lambda row: None  # is told of each new one
+        out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opened:
+            # Of the folder, not of a file alone: else others could change the settings before our first result is there.
+            lock(opened.enter_context((out / "lock").open("a")), f"{out}: {TAKEN}")
+            settled = settle(out, settings)
             for benchmark in benchmarks:
                 path = out / f"{benchmark.name}.jsonl"
                 self._lines[benchmark.name] = lines = opened.enter_context(closing(Lines(path)))

@@ -245,7 +245,7 @@ def settings_of(folder: Folder) -> dict[str, Any]:
 
 
 def right(row: Mapping[str, Any], protocol: str) -> bool:
-    """Whether a reply is right by a protocol. One that was never given has no parts."""
+    """Whether a reply is right by a protocol: by its parts, or its value, where a benchmark has one protocol alone."""
     return row["parts"].get(protocol, row["value"]) == 1
 
 

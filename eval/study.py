@@ -15,7 +15,6 @@ itself, what has finished is not repeated. A run that fails is reported, and the
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -34,6 +33,7 @@ import tyro
 from data import command_line, demo, jsonl
 from data.example import Example
 from eval import report
+from eval.lines import lock
 from eval.report import Outcome
 from grpo_jax import config, console
 from grpo_jax.config import DEMO_MODEL, SftConfig, TrainConfig
@@ -484,13 +484,8 @@ def once(
 
 def _move_aside(folder: Path) -> Path:
     """Renames a run's folder to the first free name; not one that a process is at work on."""
-    with (folder / "lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process is at work on this run, with other inputs; wait for it") from None
-        except OSError:
-            pass  # some network file systems know no locks
+    with (folder / "lock").open("a") as file:
+        lock(file, f"{folder}: another process is at work on this run, with other inputs; wait for it")
         number = 1
         while (aside := folder.with_name(f"{folder.name}-stale-{number}")).exists():
             number += 1

@@ -4,7 +4,7 @@
     Progress     during: on a terminal, a bar, the phase at work and the numbers people watch; elsewhere, a line a step
     closing      after: the first validation and the last, and where everything lies
     warn         at any time; stands above the display
-    visible      what a model or a user wrote, made safe to print
+    visible      what a model or a user wrote, made safe to print, or to write
 
 In a pipe or a CI log there are no escape codes and no line is broken, however long it is. Everything goes through one
 rich `Console`, because only that knows to print above its own display; a process that should be silent (all but the
@@ -60,20 +60,23 @@ def _live(console: Console) -> bool:
 def _line(console: Console, *parts: str | tuple[str, str], wrap: bool = False) -> None:
     """One line of texts or (text, style). wrap: fold it at words, on a terminal."""
     pairs = [part if isinstance(part, tuple) else (part, "") for part in parts]
-    line = Text.assemble(*((_printable(console, text), style) for text, style in pairs))
+    line = Text.assemble(*((_encodable(text, console.encoding), style) for text, style in pairs))
     console.print(line, soft_wrap=not (wrap and _live(console)))
 
 
-def _printable(console: Console, text: str) -> str:
-    """The text with what the console's encoding does not have escaped, so that no output ends a run."""
-    return text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+def _encodable(text: str, encoding: str) -> str:
+    """The text with what the encoding does not have escaped, so that no output ends a run."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def visible(text: str, console: Console = CONSOLE) -> str:
-    """Text that others wrote, a model say, with all that would steer the terminal, or hide, as escapes; lines and tabs stay."""
-    steers = {c for c in text if c not in "\n\t" and unicodedata.category(c) in ("Cc", "Cf")}
+def visible(text: str, encoding: str | None = None) -> str:
+    """Text that others wrote, a model say, with all that would steer the terminal, or hide, as escapes; lines and tabs stay.
+
+    So does all that the encoding lacks, of the file where the text is going; None: that of the terminal.
+    """
+    steers = {c for c in text if c not in "\n\t" and unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp")}
     shown = text.translate({ord(c): c.encode("unicode_escape").decode() for c in steers})
-    return _printable(console, shown)
+    return _encodable(shown, encoding or CONSOLE.encoding)
 
 
 def header(title: str, rows: Sequence[tuple[str, str]], console: Console = CONSOLE) -> None:
@@ -82,7 +85,7 @@ def header(title: str, rows: Sequence[tuple[str, str]], console: Console = CONSO
     if _live(console):
         table = Table.grid(padding=(0, 2), pad_edge=True)
         for label, value in rows:
-            table.add_row(Text(label, style="dim"), Text(_printable(console, value), overflow="fold"))
+            table.add_row(Text(label, style="dim"), Text(_encodable(value, console.encoding), overflow="fold"))
         console.print(table)
     else:
         _labelled(console, rows)

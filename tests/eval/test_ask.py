@@ -13,14 +13,13 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data import demo, prompt
-from eval import acebench, answer, api_bank, ask, bfcl, record, run
+from eval import acebench, answer, api_bank, ask, bfcl, record, run, selection
 from eval.run import Args, Data, Server
 from eval.selection import AceBench, ApiBank
 from tests.eval.bad_server import KEY, TOOLS, BadServer, right_reply
@@ -77,7 +76,7 @@ def test_replies_of_a_file_are_counted_by_every_protocol(args, capsys):
         {"id": "row 2", "output": typed, "token_count": 30, "truncated": True},
         {"id": "row 3", "output": right_reply(4)},
         {"id": "row 4", "output": "I \ud800 cannot."},
-        {"id": "row 5", "output": "", "reason": "prompt_too_long"},
+        {"id": "row 5", "output": right_reply(5), "reason": "prompt_too_long"},
     ]
     scores = run.run(of_file(args, *replies))
     assert scores == json.loads((args.out / "scores.json").read_text())
@@ -205,9 +204,22 @@ def test_settings_of_a_start_that_came_to_nothing_are_replaced(args):
     (args.out / "api_bank.jsonl").write_text("")
     other = replace(first, replies=first.replies.rename(first.replies.with_name("other.jsonl")))
     assert run.run(other)["replies"] == str(other.replies)
-    (args.out / "api_bank.jsonl").write_text('{"id": "row 1"}\n')
-    with closing(record.Lines(args.out / "api_bank.jsonl")), pytest.raises(ValueError, match="another process is writing it"):
-        run.run(other)
+
+
+def test_a_folder_that_another_process_is_at_work_in_is_left_alone(args, tmp_path):
+    """Even before that has a result, and for another benchmark: the settings are of the whole folder."""
+    first = of_file(args, {"id": "row 1", "output": right_reply(1), "benchmark": "api_bank"})
+    (benchmark,) = selection.choose("api_bank", None, None, {"api_bank": args.api_bank})
+    for category in acebench.CATEGORIES:
+        write(tmp_path / "ace", category, [({}, {"Book.room": RIGHT})])
+    settings = {"temperature": 0.5, "benchmarks": {"api_bank": benchmark.settings()}}
+    with record.Results(args.out, settings, [benchmark]):
+        before = {file.name: file.read_bytes() for file in args.out.iterdir()}
+        for other in (first, replace(first, benchmarks="acebench", acebench=AceBench(str(tmp_path / "ace")))):
+            with pytest.raises(ValueError, match="out: another process is writing it: wait for its end"):
+                run.run(other)
+        assert {file.name: file.read_bytes() for file in args.out.iterdir()} == before
+    assert run.run(first)["benchmarks"]["api_bank"]["right"] == 1
 
 
 # ---------------------------------------------------------------- a server

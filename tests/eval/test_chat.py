@@ -226,7 +226,7 @@ def test_ctrl_c_stops_a_reply_on_a_terminal_and_a_second_one_ends_it(monkeypatch
     assert "stopped; the conversation is as before" in capsys.readouterr().out
 
 
-def test_the_real_sampler_answers_the_prompt_of_training(tiny_model, tmp_path, monkeypatch, capsys):
+def test_the_real_sampler_answers_the_prompt_of_training(tiny_model, quick, tmp_path, monkeypatch, capsys):
     (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
     args = Args(tiny_model, tmp_path / "tools.json", max_response_tokens=4, template=demo.TEMPLATE)
     talked = chat.begin(args)
@@ -246,5 +246,7 @@ def test_the_real_sampler_answers_the_prompt_of_training(tiny_model, tmp_path, m
 
 
 def test_visible_leaves_lines_and_what_the_encoding_has():
-    latin = console.make_console(io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
-    assert console.visible("a\tb\nç \u2028|\u200b|\x7f|\0", latin) == "a\tb\nç \\u2028|\\u200b|\\x7f|\\x00"
+    shown = r"\u2028|\u200b|\x7f|\x00|\ud800"
+    for encoding, words in (("latin-1", "\\u4e2d\\u3000\\u6587"), ("utf-8", "中\u3000文")):  # among them a wide space
+        found = console.visible("a\tb\nç\xa0中\u3000文 \u2028|\u200b|\x7f|\0|\ud800", encoding)
+        assert found == f"a\tb\nç\xa0{words} {shown}"

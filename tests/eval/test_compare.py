@@ -44,9 +44,12 @@ def some(reasons, category="simple_python", **more):
     return [row(f"{category}_{i}", category, reason, **more) for i, reason in enumerate(reasons)]
 
 
-def ran(tmp_path, *words, **more):
-    """The page of a comparison."""
-    compare.run(Args(tuple(map(str, words)), tmp_path / "out", **more))
+def ran(tmp_path, *words, pictures=False, **more):
+    """The page of a comparison; pictures take longer than all the rest, and are drawn where a test wants them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in () if pictures else ("scores", "errors"):
+            patch.setattr(comparison, name, lambda path, folders: None)
+        compare.run(Args(tuple(map(str, words)), tmp_path / "out", **more))
     return (tmp_path / "out" / "comparison.md").read_text()
 
 
@@ -66,7 +69,7 @@ def every(module, right):
 
 def test_scores_means_and_the_paper_stand_side_by_side(tmp_path):
     base, after = wrote(tmp_path / "a", rows=every(bfcl, {0, 3})), wrote(tmp_path / "b", rows=every(bfcl, {0, 3, 6, 7, 8}))
-    page = ran(tmp_path, f"base={base}", f"after={after}")
+    page = ran(tmp_path, f"base={base}", f"after={after}", pictures=True)
     assert cells(page, "simple python") == ["**100.0** [100.0, 100.0] 1/1"] * 2
     assert cells(page, "all items") == ["**20.0** [20.0, 20.0] 2/10", "**50.0** [50.0, 50.0] 5/10"]
     # simple is a third, non-live (1/3 + 1) / 4; live 1327 of 1351 by the weight of the categories
@@ -204,7 +207,7 @@ def test_the_base_is_the_first_or_the_one_that_is_named(tmp_path):
     heads = lambda page: re.findall("## (. against .)", page)  # noqa: E731
     assert heads(ran(tmp_path, a, b, c)) == ["b against a", "c against a"]
     assert heads(ran(tmp_path, a, b, c, base="b")) == ["a against b", "c against b"]
-    assert heads(ran(tmp_path, a)) == []
+    assert heads(ran(tmp_path, a, pictures=True)) == []
 
 
 def test_a_reply_that_was_cut_off_is_no_other_mistake():
@@ -220,7 +223,7 @@ def test_a_reply_that_was_cut_off_is_no_other_mistake():
 
 
 def test_where_nothing_is_wrong_there_is_still_a_page(tmp_path):
-    page = ran(tmp_path, wrote(tmp_path / "a", rows=every(bfcl, range(10))))
+    page = ran(tmp_path, wrote(tmp_path / "a", rows=every(bfcl, range(10))), pictures=True)
     assert "|  | all wrong ones | reached the limit |" in page and (tmp_path / "out" / "errors.png").exists()
 
 
@@ -280,7 +283,7 @@ def test_names_and_ids_are_shown_as_they_are(tmp_path):
     assert "<td><code>we`ird|``id</code></td>" in shown
     rows = [row(item, "multiple", reason) for reason in ("correct", "no_call")]
     a, b = wrote(tmp_path / "a", rows=rows[:1], model=name), wrote(tmp_path / "b", rows=rows[1:])
-    page = ran(tmp_path, f"{name}={a}", f"{'long ' * 30}$={b}")  # in the pictures, too
+    page = ran(tmp_path, f"{name}={a}", f"{'long ' * 30}$={b}", pictures=True)  # in the pictures, too
     assert page.startswith(f"# Comparison of {markdown.cell(name)}, long long")
     assert "\x1b" not in page and "<b>" not in page
 
