@@ -72,6 +72,9 @@ def _refuse_unknown(argv: Sequence[str], known: list[str]) -> None:
 
 def _one_line(box: str) -> str:
     """The text of an error box of tyro, without its frame, its title and the help texts below."""
+    if "Missing from " in box:  # names are indented by four, and help, which may begin with an option's name, by eight
+        names = re.findall(r"(?m)^. {5}([^ ]+)", box.split("For full helptext")[0])
+        return f"missing: {', '.join(names)}; --help says what to give"
     lines = [re.sub(r"[^\x20-\x7e]", "", line).strip(" -") for line in box.splitlines()]
     text = re.sub(r"\s+", " ", " ".join(line for line in lines[1:] if line))
     text = re.split(r" (?:Argument helptext|For full helptext)", text)[0]

@@ -60,7 +60,7 @@ def run(args: Args) -> dict[str, Any]:
     }
     _write(args.out, result, settings)
     for name in rows:
-        console.CONSOLE.print(scores.shown(name, result["benchmarks"][name]))
+        console.CONSOLE.print(scores.shown(name, result["benchmarks"][name]), soft_wrap=not console.CONSOLE.is_terminal)
     _warn(rows, settings)
     console.header("", [("written", f"{args.out}: scores.md, scores.json, {', '.join(f'{name}.jsonl' for name in rows)}")])
     return result

@@ -35,7 +35,7 @@ def read(path: Path) -> list[Reply]:
             continue
         try:
             reply = _reply(number, json.loads(line))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f'{path}:{number}: not a reply ({error}): a line is {{"id": ..., "output": ...}}') from error
         if before := replies.get((reply.benchmark, reply.id)):
             raise ValueError(f"{path}:{number}: id {reply.id!r} is that of line {before.line}, too: an item has one reply")
@@ -44,6 +44,8 @@ def read(path: Path) -> list[Reply]:
 
 
 def _reply(number: int, row: Any) -> Reply:
+    if not isinstance(row, dict) or "id" not in row or not {"output", "text"} & row.keys():
+        raise ValueError("no object with id and output")
     output = row["output"] if "output" in row else row["text"]
     benchmark, count, truncated, reason = (row.get(key) for key in ("benchmark", "token_count", "truncated", "reason"))
     if not isinstance(row["id"], str) or not isinstance(output, str) or not isinstance(benchmark, str | None):
@@ -55,7 +57,8 @@ def _reply(number: int, row: Any) -> Reply:
 def assigned(path: Path, replies: Sequence[Reply], ids: Mapping[str, Set[str]]) -> dict[tuple[str, str], Reply]:
     """The replies by benchmark and id, of the benchmarks in `ids`, {name: all its ids}; of others' none.
 
-    A line need not name its benchmark where one alone has its id. Raises ValueError for an id that none has or several have.
+    A line need not name its benchmark where one alone has its id. Raises ValueError for an id that none has or several have,
+    and where no reply is left.
     """
     found: dict[tuple[str, str], Reply] = {}
     for reply in replies:
@@ -71,4 +74,6 @@ def assigned(path: Path, replies: Sequence[Reply], ids: Mapping[str, Set[str]]) 
         if (names[0], reply.id) in found:
             raise ValueError(f"{where} has a reply in line {found[names[0], reply.id].line}, too: an item has one")
         found[names[0], reply.id] = reply
+    if not found:
+        raise ValueError(f"{path}: it holds no replies to {' or '.join(ids)}")
     return found

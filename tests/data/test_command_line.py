@@ -41,7 +41,7 @@ def test_words_become_options():
         (["this", "--data.pth", "3"], "did you mean '--data.path'?"),
         (["this", "--some_limit", "abc"], "Error parsing --some_limit: ['abc'] is no INT"),
         (["this", "that"], "Unrecognized options: that"),
-        ([], "missing"),
+        ([], "missing: {this,that}; --help says what to give"),
     ],
 )
 def test_what_is_wrong_is_one_line(words, says, capsys):
@@ -49,6 +49,24 @@ def test_what_is_wrong_is_one_line(words, says, capsys):
         command_line.read(Args, "program", words)
     assert says.lower() in str(error.value).lower() and "\n" not in str(error.value) and len(str(error.value)) < 200
     assert capsys.readouterr().err == ""
+
+
+@dataclass(frozen=True)
+class Needy:
+    """Does something."""
+
+    from_path: str
+    """A file. With
+    --to_path left out, nothing is written."""
+    to_path: str
+    """A folder."""
+
+
+def test_what_is_missing_is_named_without_its_help():
+    for words, names in ([[], "--from_path, --to_path"], [["--from_path", "x"], "--to_path"]):
+        with pytest.raises(ValueError) as error:
+            command_line.read(Needy, "program", words)
+        assert str(error.value) == f"missing: {names}; --help says what to give"
 
 
 def test_counts_are_words():

@@ -67,7 +67,8 @@ def of_file(args, *rows) -> Args:
 # ---------------------------------------------------------------- a file of replies
 
 
-def test_replies_of_a_file_are_counted_by_every_protocol(args, capsys):
+def test_replies_of_a_file_are_counted_by_every_protocol(args, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
     typed = prompt.reply(
         [{"name": "weather", "arguments": {"city": " Město 2 "}}], "So."
     )  # right by our rules, not by ToolRL's
@@ -100,6 +101,9 @@ def test_replies_of_a_file_are_counted_by_every_protocol(args, capsys):
     }  # fmt: skip
     shown = capsys.readouterr().out
     assert re.search(r"api_bank +right +of +accuracy +toolrl\ncall +2 +8 +25\.00 +12\.50\n", shown)
+    assert (
+        "\nwrong: no_reply 3, wrong_argument 1, no_call 1, prompt_too_long 1\n" in shown
+    )  # not broken where it is no terminal
     assert "warning: without a reply, and counted as wrong: 3 of 8 items of api_bank" in shown
     assert "| accuracy_394 |  |  | 25.00 | 12.50 |" in (args.out / "scores.md").read_text()
 

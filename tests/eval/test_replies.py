@@ -43,8 +43,9 @@ def test_lines_of_several_benchmarks(tmp_path):
     [
         (['{"id": "a", "output": "x"'], ":1: not a reply (Expecting"),
         (["[" * 100_000], ":1: not a reply"),
-        (["[1]"], ":1: not a reply"),
-        ([{"id": "a"}], ":1: not a reply ('text')"),
+        (["[1]"], ":1: not a reply (no object with id and output)"),
+        ([{"id": "a"}], ":1: not a reply (no object with id and output)"),
+        ([{"output": "x"}], ":1: not a reply (no object with id and output)"),
         ([{"id": 1, "output": "x"}], ":1: not a reply (id, output and benchmark are texts)"),
         ([{"id": "a", "output": None}], ":1: not a reply (id, output and benchmark are texts)"),
         ([{"id": "a", "output": ""}, {"id": "a", "text": ""}], ":2: id 'a' is that of line 1, too: an item has one reply"),
@@ -52,6 +53,8 @@ def test_lines_of_several_benchmarks(tmp_path):
         ([{"id": "x", "output": ""}], ":1: id 'x' is no item of bfcl or acebench: mend it, or"),
         ([{"id": "a", "output": "", "benchmark": "acebench"}], ":1: id 'a' is no item of acebench"),
         ([{"id": "b", "output": ""}], ":1: id 'b' is an item of bfcl and acebench: say which in the line, as \"benchmark\""),
+        ([], ": it holds no replies to bfcl or acebench"),
+        ([{"id": "d", "output": "", "benchmark": "api_bank"}], ": it holds no replies to bfcl or acebench"),
     ],
 )
 def test_lines_that_are_none_or_nobodys(tmp_path, lines, message):
