@@ -146,5 +146,7 @@ def template_of(model: str, template: str | None, demo: bool = False) -> str:
 
 def _run_config(path: str) -> dict[str, Any] | None:
     """The config of the finished run in the folder; None where there is none."""
+    if not path:  # the name of a server's model may be left out; it is not the folder where one stands
+        return None
     file = Path(path) / "config.json"
     return json.loads(file.read_text()) if (Path(path) / "hf").is_dir() and file.is_file() else None

@@ -73,7 +73,7 @@ def _unanswered(benchmark: Benchmark, item: Item) -> record.Row:
 def _write(out: Path, result: dict[str, Any], settings: dict[str, Any]) -> None:
     """Both files; with the scores of other benchmarks that the same model answered in this folder before."""
     file = out / "scores.json"
-    before = json.loads(file.read_text(encoding="utf-8"))["benchmarks"] if file.exists() else {}
+    before = record.read(file)["benchmarks"] if file.exists() else {}
     names = [name for name in selection.MODULES if name in result["benchmarks"] or name in before]
     result["benchmarks"] = {name: result["benchmarks"].get(name) or before[name] for name in names}
     report.write(file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")

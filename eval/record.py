@@ -71,7 +71,7 @@ def settle(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         if there := [name for name in kept if (out / name).exists()]:
             raise ValueError(f"{out / there[0]}: no settings.json beside it says whose results these are: give another --out")
         return dict(settings)
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read(file)
     old, new = _flat(before), _flat(settings)
     differ = [f"{name} was {old[name]}, is {new[name]}" for name in new if name in old and old[name] != new[name]]
     answered = any((out / f"{name}.jsonl").exists() and (out / f"{name}.jsonl").stat().st_size for name in before["benchmarks"])
@@ -80,6 +80,17 @@ def settle(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     if differ:  # of a start that came to nothing, for a wrong --model, say
         return dict(settings)
     return before | settings | {"benchmarks": before["benchmarks"] | settings["benchmarks"]}
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A JSON file of the folder. Raises ValueError where it is damaged, and says what to do."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found["benchmarks"], dict):
+            raise TypeError
+    except (ValueError, TypeError, LookupError):
+        raise ValueError(f"{file}: damaged: restore it, or give another --out") from None
+    return found
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

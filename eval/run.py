@@ -197,16 +197,20 @@ def check(args: Args) -> None:
         raise ValueError("--model is missing: give a folder, a hub id or a finished run (with --endpoint: its name there)")
     own = {"bfcl": Bfcl(), "api_bank": ApiBank(), "acebench": AceBench()}
     unread = {
-        "--data.path": {"categories": None, "replies": None, "endpoint": None, **own},
+        "--data.path": {"categories": None, "replies": None, "endpoint": None, "server": Server(), **own},
         "--benchmarks": {"samples": 0},
-        "--replies": {"max_response_tokens": None, "temperature": None, "rows": None, "tensor": None},
+        "--replies": {
+            **{"max_response_tokens": None, "temperature": None, "rows": None, "tensor": None},
+            **{"data": Data(), "server": Server()},
+        },
         "--endpoint": {"rows": None, "tensor": None},
     }
     given = (args.data.path, args.benchmarks, args.replies, args.endpoint)
     for (option, names), value in zip(unread.items(), given, strict=True):
         for name, off in names.items():
             if value and getattr(args, name) != off:
-                raise ValueError(f"--{name} is not read with {option}: leave it out")
+                named = name if name not in own and name not in ("data", "server") else f"{name}.*"
+                raise ValueError(f"--{named} is not read with {option}: leave it out")
     if args.out.exists() and not args.out.is_dir():
         raise FileExistsError(f"--out {args.out}: this is a file: give a folder")
 

@@ -61,7 +61,7 @@ def lines(args, name="api_bank") -> dict[str, dict]:
 def of_file(args, *rows) -> Args:
     path = args.out.with_name("replies.jsonl")
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return replace(args, replies=path)
+    return replace(args, replies=path, data=Data())
 
 
 # ---------------------------------------------------------------- a file of replies
@@ -111,11 +111,11 @@ def test_replies_of_a_file_are_counted_by_every_protocol(args, capsys, monkeypat
 def test_what_the_program_wrote_is_a_file_of_replies(args, tmp_path):
     replies = [{"id": f"row {n}", "output": right_reply(n), "token_count": n} for n in (1, 2, 3, 5)]
     first = run.run(of_file(args, *replies))
-    again = run.run(replace(args, replies=args.out / "api_bank.jsonl", out=tmp_path / "again"))
+    again = run.run(replace(args, data=Data(), replies=args.out / "api_bank.jsonl", out=tmp_path / "again"))
     assert again["benchmarks"] == first["benchmarks"]
     assert lines(replace(args, out=tmp_path / "again")) == lines(args)
     with pytest.raises(ValueError, match=r"out: holds results of another evaluation \(replies was .*, is .*api_bank.jsonl\)"):
-        run.run(replace(args, replies=args.out / "api_bank.jsonl"))
+        run.run(replace(args, data=Data(), replies=args.out / "api_bank.jsonl"))
 
 
 def test_replies_are_judged_anew_each_time_and_other_benchmarks_stay(args, tmp_path):
@@ -193,6 +193,9 @@ def test_a_folder_of_another_evaluation_is_refused_in_a_line_that_names_what_dif
     settings.write_text(settings.read_text().replace('"model_fingerprint": "', '"model_fingerprint": "other'))
     with pytest.raises(ValueError, match=r"model_fingerprint was other\w+, is \w+"):
         run.run(sampled)
+    settings.write_text("{")
+    with pytest.raises(ValueError, match=r"settings\.json: damaged: restore it, or give another --out"):
+        run.run(sampled)
     settings.unlink()
     with pytest.raises(ValueError, match=r"api_bank\.jsonl: no settings\.json beside it says whose results these are"):
         run.run(sampled)
@@ -212,14 +215,16 @@ def test_settings_of_a_start_that_came_to_nothing_are_replaced(args):
 
 def test_a_folder_that_another_process_is_at_work_in_is_left_alone(args, tmp_path):
     """Even before that has a result, and for another benchmark: the settings are of the whole folder."""
-    first = of_file(args, {"id": "row 1", "output": right_reply(1), "benchmark": "api_bank"})
-    (benchmark,) = selection.choose("api_bank", None, None, {"api_bank": args.api_bank})
     for category in acebench.CATEGORIES:
         write(tmp_path / "ace", category, [({}, {"Book.room": RIGHT})])
+    both = {"api_bank": args.api_bank, "acebench": AceBench(str(tmp_path / "ace"))}
+    benchmark, elsewhere = selection.choose("api_bank,acebench", None, None, both)
+    of = {"id": "row 1", "output": right_reply(1), "benchmark": "api_bank"}
+    first = of_file(args, of, {"id": elsewhere.items[0].id, "output": "", "benchmark": "acebench"})
     settings = {"temperature": 0.5, "benchmarks": {"api_bank": benchmark.settings()}}
     with record.Results(args.out, settings, [benchmark]):
         before = {file.name: file.read_bytes() for file in args.out.iterdir()}
-        for other in (first, replace(first, benchmarks="acebench", acebench=AceBench(str(tmp_path / "ace")))):
+        for other in (first, replace(first, benchmarks="acebench", acebench=both["acebench"])):
             with pytest.raises(ValueError, match="out: another process is writing it: wait for its end"):
                 run.run(other)
         assert {file.name: file.read_bytes() for file in args.out.iterdir()} == before

@@ -121,10 +121,15 @@ def test_what_cannot_be_evaluated_is_one_clear_line(tiny_model, tmp_path):
         (dict(data=Data()), "give either --benchmarks bfcl,api_bank,acebench or --data.path"),
         (dict(model=""), "--model is missing"),
         (dict(categories="parallel"), "--categories is not read with --data.path: leave it out"),
-        (dict(bfcl=Bfcl("last")), "--bfcl is not read with --data.path: leave it out"),
+        (dict(bfcl=Bfcl("last")), "--bfcl.* is not read with --data.path: leave it out"),
         (dict(replies=tmp_path), "--replies is not read with --data.path: leave it out"),
         (dict(benchmarks="bfcl", data=Data(), samples=1), "--samples is not read with --benchmarks: leave it out"),
         (dict(benchmarks="bfcl", data=Data(), replies=tmp_path, rows=1), "--rows is not read with --replies: leave it out"),
+        (
+            dict(benchmarks="bfcl", data=Data(template="x"), replies=tmp_path),
+            "--data.* is not read with --replies: leave it out",
+        ),
+        (dict(server=Server(retries=1)), "--server.* is not read with --data.path: leave it out"),
         (
             dict(benchmarks="bfcl", data=Data(), endpoint="http://x", tensor=1),
             "--tensor is not read with --endpoint",
