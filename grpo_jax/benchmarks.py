@@ -97,6 +97,7 @@ def encoded(benchmark: Benchmark, policy: Policy, settings: config.Data, most: i
     every = [Task(example, encode(example)) for example in spread(benchmark.examples, limit)]
     tasks = [task for task in every if len(task.prompt) <= most]
     long = f"of {len(every):,} prompts of benchmark {benchmark.name} take more than --rollout.max_prompt_tokens {most:,}"
+    long += f" (the longest {max(len(task.prompt) for task in every):,})"
     if not tasks:
         raise ValueError(f"all {long}; raise that, or leave the benchmark out")
     if len(tasks) < len(every):

@@ -1,6 +1,7 @@
 """Benchmarks in training: what a name leads to, which tasks are asked, and that each counts."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -97,9 +98,11 @@ def test_some_of_many_tasks_are_spread_over_all_and_long_ones_stay_in_the_count(
     short = benchmarks.encoded(whole, policy, SETTINGS, most, 30)
     missing = sum(length > most for length in lengths)
     assert 0 < missing == 20 - len(short.tasks) and short.count == 20
-    said = f"warning: {missing} of 20 prompts of benchmark tasks take more than --rollout.max_prompt_tokens {most}, and"
-    assert said in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(ValueError, match="^all of 6 prompts of benchmark tasks take more than --rollout.max_prompt_tokens 3"):
+    said = f"warning: {missing} of 20 prompts of benchmark tasks take more than --rollout.max_prompt_tokens {most} "
+    assert f"{said}(the longest {max(lengths)}), and" in " ".join(capsys.readouterr().out.split())
+    said = "all of 6 prompts of benchmark tasks take more than --rollout.max_prompt_tokens 3 "
+    longest = max(len(task.prompt) for task in asked.tasks)
+    with pytest.raises(ValueError, match=re.escape(f"{said}(the longest {longest}); raise that")):
         benchmarks.encoded(whole, policy, SETTINGS, 3, 6)
 
 
