@@ -238,8 +238,8 @@ class Adapted:
 def _linear(x: Array, w: Array | Adapted, inputs: int = 1) -> Array:
     """x [..., I] times w [O, I]: [..., O], where I stands for the last `inputs` axes of both and O for all others of w.
 
-    Weights lie as Hugging Face's do, outputs first: on a CPU the products of few rows, which wait for the weights to come
-    from memory, and those of many, forward and backward, are all faster for it (docs/performance.md).
+    Weights lie as Hugging Face's do, outputs first: on a CPU products of many rows, forward and backward, are faster for it;
+    those of few rows, as in decoding, hardly (docs/performance.md).
     """
     if isinstance(w, Adapted):
         return _linear(x, w.weight, inputs) + _linear(_linear(x, w.a, inputs), w.b)
