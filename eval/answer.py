@@ -1,6 +1,6 @@
 """A model that answers tasks: by the sampler and the prompt of training, on this host's devices.
 
-open_model         a Hugging Face folder, a hub id or a finished run -> Model
+open_model         a Policy (a Hugging Face folder, a hub id or a finished run, read by grpo_jax.inputs) -> Model
 respond            Model and Examples -> Responses
 response_tokens, template_of     how long a response may be and what the prompt says, where nobody says otherwise
 """
@@ -43,9 +43,8 @@ class Model:
     fingerprint: str  # of the weights
 
 
-def open_model(path: str, tensor: int | None = None) -> Model:
-    """Loads it; `path` as in `inputs.model_folder`. Raises ValueError or FileNotFoundError for what does not fit."""
-    policy = inputs.load_policy(path)
+def open_model(policy: Policy, tensor: int | None = None) -> Model:
+    """Loads its weights. Raises ValueError or FileNotFoundError for what does not fit."""
     dtype = inputs.compute_dtype(config.Learner())
     tensor = tensor or mesh.rollout_tensor(policy.model, dtype, jax.local_device_count(), hosts.memory())
     try:

@@ -121,7 +121,7 @@ def by_sampler(args: Args, benchmarks: Sequence[Benchmark], template: str) -> Fo
     known = {name: value for name, value in settings.items() if name != "model_fingerprint"}
     record.settle(args.out, known)  # refuses before the weights load, which may take minutes
     args.out.mkdir(parents=True, exist_ok=True)
-    model = answer.open_model(args.model, args.tensor)
+    model = answer.open_model(policy, args.tensor)
     settings["model_fingerprint"] = model.fingerprint
     with Results(args.out, settings, benchmarks) as results, Watch(results, benchmarks) as watch:
         asked = [(benchmark, item) for benchmark in benchmarks for item in benchmark.items]

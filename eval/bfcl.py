@@ -144,7 +144,16 @@ def validation(category: str) -> tuple[list[example.Example], Reward]:
     return for_training(items([category]), verdict)
 
 
-globals().update({category: functools.partial(validation, category) for category in CATEGORIES})
+simple_python = functools.partial(validation, "simple_python")
+simple_java = functools.partial(validation, "simple_java")
+simple_javascript = functools.partial(validation, "simple_javascript")
+multiple = functools.partial(validation, "multiple")
+parallel = functools.partial(validation, "parallel")
+parallel_multiple = functools.partial(validation, "parallel_multiple")
+live_simple = functools.partial(validation, "live_simple")
+live_multiple = functools.partial(validation, "live_multiple")
+live_parallel = functools.partial(validation, "live_parallel")
+live_parallel_multiple = functools.partial(validation, "live_parallel_multiple")
 
 
 def _items(category: str, system_messages: bool, block: str) -> list[Item]:

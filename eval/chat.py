@@ -273,7 +273,7 @@ def begin(args: Args) -> Chat:
         sizes = _sizes(length, longest, policy)
         raise ValueError(f"--tools {args.tools}: they take {sizes}: give fewer, or lower --max_response_tokens")
     with CONSOLE.status("loading"):
-        model = open_model(args.model)
+        model = open_model(policy)
     return Chat(model, tools, template, longest, args.temperature)
 
 

@@ -232,7 +232,7 @@ def on_rows(args: Args) -> dict[str, Any]:
         args = replace(args, max_response_tokens=response_tokens(args.model, policy, examples, template))
     room_for_prompt(policy, args.max_response_tokens)
     args.out.mkdir(parents=True, exist_ok=True)
-    model = open_model(args.model, args.tensor)
+    model = open_model(policy, args.tensor)
     greedy = _answers(args, model, examples, template, 1, 0.0)
     for name in ("scores.json", "samples.jsonl"):  # of an earlier evaluation: they would not belong to these responses
         (args.out / name).unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import pytest
 
 from data import demo, prompt
 from eval import answer
+from grpo_jax import inputs
 from models import decoder, hf
 
 TEMPLATE = prompt.load_template(demo.TEMPLATE)
@@ -17,7 +18,7 @@ TEMPLATE = prompt.load_template(demo.TEMPLATE)
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return answer.open_model(tiny_model)
+    return answer.open_model(inputs.load_policy(tiny_model))
 
 
 def test_responses_are_those_of_the_plain_model_token_by_token(tiny_model, model):

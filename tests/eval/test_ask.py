@@ -22,6 +22,7 @@ from data import demo, prompt
 from eval import acebench, answer, api_bank, ask, bfcl, record, run, selection
 from eval.run import Args, Data, Server
 from eval.selection import AceBench, ApiBank
+from grpo_jax import inputs
 from tests.eval.bad_server import KEY, TOOLS, BadServer, right_reply
 from tests.eval.test_acebench import RIGHT, write
 
@@ -150,7 +151,7 @@ def test_a_killed_evaluation_goes_on_and_is_as_one_that_was_not(sampled, tmp_pat
     assert rows["row 0"]["output"] != rows["row 1"]["output"] and rows["row 0"]["prompt"] == rows["row 1"]["prompt"]
     assert "task 3: the weather?" in rows["row 3"]["prompt"] and rows["row 7"]["prompt"].count(" rain") == 4000
     assert all(0 < row["token_count"] <= 6 for name, row in rows.items() if name != "row 7")
-    assert whole["model_fingerprint"] == run.open_model(sampled.model).fingerprint
+    assert whole["model_fingerprint"] == run.open_model(inputs.load_policy(sampled.model)).fingerprint
     assert (whole["temperature"], whole["max_response_tokens"]) == (2.0, 6)
 
     sampled = replace(sampled, temperature=2.0)

@@ -19,7 +19,7 @@ TEMPLATE = prompt.load_template(demo.TEMPLATE)
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return run.open_model(tiny_model)
+    return run.open_model(inputs.load_policy(tiny_model))
 
 
 def test_a_prompt_without_room_for_a_response_has_none_and_counts_as_wrong(model):

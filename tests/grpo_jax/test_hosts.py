@@ -68,14 +68,12 @@ pytestmark = pytest.mark.usefixtures("x64")  # or checkpoints could not be read 
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict:
+def environment() -> dict:
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_X64": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # these programs take long to compile and run for moments
     }
 

@@ -37,15 +37,8 @@ def command(model: str, folder: Path, **options) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict:
-    cache = tmp_path_factory.mktemp("compiled")
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def environment() -> dict:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
 def run(arguments: list[str], environment: dict) -> subprocess.CompletedProcess:
