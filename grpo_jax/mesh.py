@@ -217,7 +217,7 @@ def _mover(shardings: tuple[NamedSharding, ...]) -> Callable:
 
 
 def caches(mesh: Mesh, kv_heads: int) -> NamedSharding:
-    """Of the sampler's keys and values [n, K, tokens, C]: heads over `tensor`, where it divides them."""
+    """Of the sampler's keys and values [n, K, ..]: heads over `tensor`, where it divides them."""
     return NamedSharding(mesh, PartitionSpec(ROW_AXES, None if kv_heads % mesh.shape["tensor"] else "tensor"))
 
 

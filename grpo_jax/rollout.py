@@ -332,15 +332,27 @@ def _group(job: _Job, book: _Book, rank: int) -> Group:
 # ---------------------------------------------------------------- on the device
 
 
+_TOKENS = (3, 2)  # the axis of the tokens in cached keys and in cached values
+
+
+def _upto(axis: int, width: int) -> tuple[slice, ...]:
+    """Of rows of a cache whose tokens lie along `axis`: the first `width` tokens."""
+    return (slice(None),) * (axis - 1) + (slice(width),)
+
+
 def _empty(job: _Job, shape: Shape) -> _Pool:
     config, dtype = job.config, job.params["embed"].dtype
-    zeros = lambda n, tokens: jnp.zeros((n, config.kv_heads, tokens, config.head_dim), dtype)  # noqa: E731
     layers = range(config.layers)
+
+    def zeros(axis, n, tokens):
+        size = {axis: tokens, 5 - axis: config.head_dim}
+        return jnp.zeros((n, config.kv_heads, size[2], size[3]), dtype)
+
     sizes = [(b, w) for b, w in zip(shape.bands, job.limits.widths, strict=True) if b]
     # Each is a buffer of its own, none one twice: the pool is donated.
-    caches = (tuple(zeros(shape.prompts, shape.width) for _ in layers) for _ in "kv")
+    caches = (tuple(zeros(axis, shape.prompts, shape.width) for _ in layers) for axis in _TOKENS)
     prompts, rows = PromptCache(*caches, jnp.ones(shape.prompts, jnp.int32)), sum(shape.bands)
-    caches = (tuple(tuple(zeros(*size) for size in sizes) for _ in layers) for _ in "kv")
+    caches = (tuple(tuple(zeros(axis, *size) for size in sizes) for _ in layers) for axis in _TOKENS)
     responses = ResponseCache(*caches, jnp.zeros(rows, jnp.int32))
     return _Pool(
         jnp.zeros((rows, config.d_model), dtype), jnp.zeros((shape.prompts, config.d_model), dtype), prompts, responses
@@ -358,8 +370,12 @@ def _prefill(
 @functools.partial(jax.jit, donate_argnums=(0, 1))
 def _store(prompts: PromptCache, last: Array, new: PromptCache, hidden: Array, places: Array) -> tuple[PromptCache, Array]:
     """Writes prompts into their places; out of range: nowhere."""
-    at = lambda cache, part: cache.at[places, :, : part.shape[2]].set(part, mode="drop")  # noqa: E731
-    k, v = (jax.tree.map(at, *caches) for caches in ((prompts.k, new.k), (prompts.v, new.v)))
+
+    def stored(caches, parts, axis):
+        at = [cache.at[places, *_upto(axis, part.shape[axis])] for cache, part in zip(caches, parts, strict=True)]
+        return tuple(x.set(part, mode="drop") for x, part in zip(at, parts, strict=True))
+
+    k, v = map(stored, (prompts.k, prompts.v), (new.k, new.v), _TOKENS)
     length = prompts.length.at[places].set(new.length, mode="drop")
     return PromptCache(k, v, length), last.at[places].set(hidden, mode="drop")
 
@@ -396,26 +412,30 @@ def _decode(
     return replace(pool, hidden=hidden, responses=responses), tokens, logp
 
 
-def _resized(cache: Array, width: int) -> Array:
-    """[n, K, tokens, C] with `width` tokens; what is cut off is not in use."""
-    cache = cache[:, :, :width]
-    return jnp.pad(cache, [(0, 0)] * 2 + [(0, width - cache.shape[2]), (0, 0)])
+def _resized(cache: Array, width: int, axis: int) -> Array:
+    """A cache whose tokens lie along `axis`, with `width` of them; what is cut off is not in use."""
+    cache = cache[:, *_upto(axis, width)]
+    pads = [(0, 0)] * 4
+    pads[axis] = (0, width - cache.shape[axis])
+    return jnp.pad(cache, pads)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _repack(responses: ResponseCache, rows: tuple[Array, ...], widths: tuple[int, ...]) -> ResponseCache:
     """Bands of other sizes: `rows` has, for each place of each band, the present row (over all bands) that moves there."""
 
-    def gathered(bands, index, width):
+    def gathered(bands, index, width, axis):
         start, found = 0, None
         for band in bands:
-            here = _resized(band[jnp.clip(index - start, 0, band.shape[0] - 1)], width)
+            here = _resized(band[jnp.clip(index - start, 0, band.shape[0] - 1)], width, axis)
             found = here if found is None else jnp.where((index >= start)[:, None, None, None], here, found)
             start += band.shape[0]
         return found
 
-    repacked = lambda bands: tuple(gathered(bands, r, w) for r, w in zip(rows, widths, strict=True))  # noqa: E731
-    k, v = (tuple(map(repacked, layers)) for layers in (responses.k, responses.v))
+    def repacked(layers, axis):
+        return tuple(tuple(gathered(bands, r, w, axis) for r, w in zip(rows, widths, strict=True)) for bands in layers)
+
+    k, v = map(repacked, (responses.k, responses.v), _TOKENS)
     return ResponseCache(k, v, jnp.zeros(sum(map(len, rows)), jnp.int32))
 
 
@@ -436,15 +456,16 @@ def _swap_rows(responses: ResponseCache, shape: Shape, swap: Swap) -> ResponseCa
 def _swap(responses: ResponseCache, narrow: int, broad: int, low: Array, high: Array) -> ResponseCache:
     """Rows of two bands change places, as far as the narrow one reaches: neither row is longer than that."""
 
-    def swapped(bands):
-        bands, width = list(bands), bands[narrow].shape[2]
+    def swapped(bands, axis):
+        bands = list(bands)
+        reach = _upto(axis, bands[narrow].shape[axis])
         up = bands[narrow].at[low].get(mode="fill", fill_value=0)
-        down = bands[broad].at[high, :, :width].get(mode="fill", fill_value=0)
+        down = bands[broad].at[high, *reach].get(mode="fill", fill_value=0)
         bands[narrow] = bands[narrow].at[low].set(down, mode="drop")
-        bands[broad] = bands[broad].at[high, :, :width].set(up, mode="drop")
+        bands[broad] = bands[broad].at[high, *reach].set(up, mode="drop")
         return tuple(bands)
 
-    k, v = (tuple(map(swapped, layers)) for layers in (responses.k, responses.v))
+    k, v = (tuple(swapped(bands, a) for bands in layers) for layers, a in zip((responses.k, responses.v), _TOKENS, strict=True))
     return ResponseCache(k, v, responses.length)
 
 
@@ -458,7 +479,7 @@ def _repack_prompts(book: _Book, pool: _Pool, shape: Shape) -> _Pool:
 
 @functools.partial(jax.jit, static_argnums=3)
 def _resize_prompts(prompts: PromptCache, last: Array, take: Array, width: int) -> tuple[PromptCache, Array]:
-    k, v = (tuple(_resized(x[take], width) for x in layers) for layers in (prompts.k, prompts.v))
+    k, v = (tuple(_resized(x[take], width, a) for x in each) for each, a in zip((prompts.k, prompts.v), _TOKENS, strict=True))
     return PromptCache(k, v, prompts.length[take]), last[take]
 
 

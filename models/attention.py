@@ -69,10 +69,13 @@ PackLayout = Tiles | Rows
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PromptCache:
-    """Keys and values of N prompts in every layer; each is stored once, whatever the number of its responses."""
+    """Keys and values of N prompts in every layer; each is stored once, whatever the number of its responses.
 
-    k: tuple[Array, ...]  # L arrays [N, K, P, C]
-    v: tuple[Array, ...]  # likewise
+    Keys lie as columns, for products with a few queries read both as they lie then; a library would transpose them first.
+    """
+
+    k: tuple[Array, ...]  # L arrays [N, K, C, P]
+    v: tuple[Array, ...]  # L arrays [N, K, P, C]
     length: Array  # int32 [N]  tokens of each prompt
 
 
@@ -84,8 +87,8 @@ class ResponseCache:
     The rows of the bands follow one another: B is the sum over the bands. So that one long response does not widen all.
     """
 
-    k: tuple[tuple[Array, ...], ...]  # of each of L layers and each band: [B of the band, K, R of the band, C]
-    v: tuple[tuple[Array, ...], ...]  # likewise
+    k: tuple[tuple[Array, ...], ...]  # of each of L layers and each band: [B of the band, K, C, R of the band]
+    v: tuple[tuple[Array, ...], ...]  # likewise [B of the band, K, R of the band, C]
     length: Array  # int32 [B]  tokens of each row that lie in the cache
 
 
@@ -104,12 +107,12 @@ def wide(dtype) -> jnp.dtype:
 
 
 def _part(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array, Array]:
-    """Queries [..., K, M, C] against keys [..., K, S, C]; mask broadcasts to [..., K, M, S].
+    """Queries [..., K, M, C] against keys [..., K, C, S] and values [..., K, S, C]; mask broadcasts to [..., K, M, S].
 
     Returns (o [..., K, M, C], m [..., K, M], l [..., K, M]): the unnormalised output, the largest score, the sum of
     exponentials. The result of a merge does not depend on `m`, so no gradient flows through it.
     """
-    scores = jnp.einsum("...mc,...sc->...ms", q, k, preferred_element_type=wide(q.dtype)) * q.shape[-1] ** -0.5
+    scores = jnp.einsum("...mc,...cs->...ms", q, k, preferred_element_type=wide(q.dtype)) * q.shape[-1] ** -0.5
     scores = jnp.where(mask, scores, MASKED)
     m = jax.lax.stop_gradient(scores.max(-1))
     weights = jnp.exp(scores - m[..., None])
@@ -149,7 +152,7 @@ def causal(q: Array, k: Array, v: Array) -> Array:
     """
     *_, t, heads, _ = q.shape
     kv_heads, size = k.shape[-2], min(t, QUERIES)
-    k, v = jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3)
+    k, v = jnp.moveaxis(k, -3, -1), jnp.moveaxis(v, -3, -2)
 
     def block(given: tuple[Array, Array]) -> Array:
         start, some = given
@@ -390,8 +393,8 @@ def decode(
 ) -> Array:
     """One new token of every response row, in one layer.
 
-    q [B, H, C]: of the new token. `prompt` = (k [N, K, P, C], v, length [N]); `own` = (k, v, length [B]): the rows' tokens
-    with the new one, k and v in bands [rows of the band, K, R, C]. Returns [B, H, C].
+    q [B, H, C]: of the new token. `prompt` = (k [N, K, C, P], v [N, K, P, C], length [N]); `own` = (k, v, length [B]): the
+    rows' tokens with the new one, k in bands [rows of the band, K, C, R], v in bands [.., K, R, C]. Returns [B, H, C].
     """
     b, heads, c = q.shape
     k_p, v_p, p_length = prompt
@@ -401,7 +404,7 @@ def decode(
 
     gathered = rows.at[slots.row].get(mode="fill", fill_value=0)  # [N, S, K, g, C]
     gathered = jnp.moveaxis(gathered, 1, 2).reshape(n, kv_heads, -1, c)  # [N, K, S*g, C]
-    in_prompt = (jnp.arange(k_p.shape[-2]) < p_length[:, None])[:, None, None, :]
+    in_prompt = (jnp.arange(k_p.shape[-1]) < p_length[:, None])[:, None, None, :]
 
     def by_row(x):  # [N, K, S*g, ...] -> [B, K, g, ...]
         x = x.reshape(n, kv_heads, s, heads // kv_heads, *x.shape[3:])
@@ -411,5 +414,5 @@ def decode(
     parts, start = [], 0
     for k_o, v_o in zip(*own[:2], strict=True):
         here = slice(start, start := start + k_o.shape[0])
-        parts.append(_part(rows[here], k_o, v_o, (jnp.arange(k_o.shape[-2]) < own[2][here, None])[:, None, None, :]))
+        parts.append(_part(rows[here], k_o, v_o, (jnp.arange(k_o.shape[-1]) < own[2][here, None])[:, None, None, :]))
     return _merge(shared, tuple(map(jnp.concatenate, zip(*parts, strict=True)))).reshape(b, heads, c).astype(q.dtype)

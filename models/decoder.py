@@ -489,7 +489,7 @@ def prefill(
     causal = causal or (lambda q, k, v, _: attention.causal(q, k, v))
 
     def attend(q, k, v, _):
-        return causal(q, k, v, lengths), (jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3))
+        return causal(q, k, v, lengths), (jnp.moveaxis(k, -3, -1), jnp.moveaxis(v, -3, -2))
 
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     x, caches = hidden(config, params, tokens, rotation(config, positions), attend, (None,) * config.layers)
@@ -515,14 +515,16 @@ def decode_step(
     def attend(q, k, v, cache):
         prompt_k, prompt_v, *own = cache
         # Written before they are read: a cache that is read as it was, too, is copied in every step.
-        k, v = (written(bands, new) for bands, new in zip(own, (k, v), strict=True))
+        k, v = written(own[0], k, True), written(own[1], v, False)
         return attention.decode(q, (prompt_k, prompt_v, prompts.length), (k, v, responses.length + 1), slots), (k, v)
 
-    def written(bands, new):
+    def written(bands, new, columns):
         start, found = 0, []
         for cache in bands:
             here = slice(start, start := start + cache.shape[0])
-            found.append(cache.at[jnp.arange(cache.shape[0]), :, responses.length[here]].set(new[here], mode="drop"))
+            row, token = jnp.arange(cache.shape[0]), responses.length[here]
+            at = cache.at[row, :, :, token] if columns else cache.at[row, :, token]
+            found.append(at.set(new[here], mode="drop"))
         return tuple(found)
 
     caches = tuple(zip(prompts.k, prompts.v, responses.k, responses.v, strict=True))

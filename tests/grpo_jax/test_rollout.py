@@ -165,7 +165,7 @@ def test_bands_change_nothing(wide, fine_bands, calls, rows, steps):
     found, usage = imposed(rows, decode_steps_per_call=steps)
     assert_same(found, wide[0])
     pools = [pool for _, (pool, *_) in calls["_decode"]]
-    sizes = {tuple((k[0], k[2]) for k in pool.responses.k[0]) for pool in pools}
+    sizes = {tuple((v[0], v[2]) for v in pool.responses.v[0]) for pool in pools}
     assert all(sum(b for b, _ in size) <= rows for size in sizes)
     assert any(len(size) > 1 for size in sizes)  # short rows and long ones, apart
     assert usage.row_steps == sum(pool.hidden[0] for pool in pools) * steps
@@ -507,11 +507,11 @@ def test_prompts_are_computed_once_and_leave_with_their_last_row(calls):
 
     # 4 prompts of bucket 3, not 8.
     [((*_, tokens, _), (cache, hidden))] = calls["_prefill"]
-    assert tokens == (4, 3) and cache.k == ((4, 2, 3, 4),) * 2 and hidden == (4, 16)
+    assert tokens == (4, 3) and cache.v == ((4, 2, 3, 4),) * 2 and hidden == (4, 16)
     # 8 rows; then 6 (the prompt [14] leaves, 3 prompts are kept in 4 places); then 4 of 2 prompts.
     pools = [pool for _, (pool, *_) in calls["_decode"]]
-    assert [p.responses.k for p in pools] == [(((8, 2, 6, 4),),) * 2, (((6, 2, 6, 4),),) * 2, (((4, 2, 6, 4),),) * 2]
-    assert [p.prompts.k for p in pools] == [((4, 2, 3, 4),) * 2, ((4, 2, 3, 4),) * 2, ((2, 2, 3, 4),) * 2]
+    assert [p.responses.v for p in pools] == [(((8, 2, 6, 4),),) * 2, (((6, 2, 6, 4),),) * 2, (((4, 2, 6, 4),),) * 2]
+    assert [p.prompts.v for p in pools] == [((4, 2, 3, 4),) * 2, ((4, 2, 3, 4),) * 2, ((2, 2, 3, 4),) * 2]
     assert [seats.slots.row for (*_, seats), _ in calls["_decode"]] == [(4, 2), (4, 2), (2, 2)]
     assert len(calls["_repack"]) == 2
     assert usage == Usage(row_steps=2 * 8 + 2 * 6 + 2 * 4, tokens=2 * (6 + 1 + 3 + 6))

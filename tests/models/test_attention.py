@@ -243,10 +243,11 @@ def test_decode_equals_a_softmax_over_prompt_and_own_tokens(x64, slots_per_group
         cut = b - wide_rows
         return tuple(map(jnp.asarray, (x[:cut], np.concatenate([x[cut:], spare], 2)) if wide_rows else (x,)))
 
+    columns = lambda k: jnp.swapaxes(k, 2, 3)  # noqa: E731  as keys lie
     out = decode(
         jnp.asarray(q),
-        tuple(map(jnp.asarray, (k_p, v_p, p_length))),
-        (bands(k_o), bands(v_o), jnp.asarray(o_length)),
+        (columns(k_p), jnp.asarray(v_p), jnp.asarray(p_length)),
+        (tuple(map(columns, bands(k_o))), bands(v_o), jnp.asarray(o_length)),
         RowSlots(jnp.asarray(row.reshape(n, s)), jnp.asarray(live)),
     )
     for i in range(b):

@@ -248,13 +248,15 @@ def test_prefill_and_decode_equal_logits_of_the_whole_sequence(x64, config):
 
     layers = decoder.by_layer(params)
     cache, last = jax.jit(decoder.prefill, static_argnums=0)(config, layers, prompts, p_length)
-    assert [k.shape for k in cache.k] == [(n, config.kv_heads, p, config.head_dim)] * config.layers
+    assert [k.shape for k in cache.k] == [(n, config.kv_heads, config.head_dim, p)] * config.layers
+    assert [v.shape for v in cache.v] == [(n, config.kv_heads, p, config.head_dim)] * config.layers
     rubbish = 5.0 * rng.normal(size=(2, config.layers, b, config.kv_heads, r, config.head_dim))  # what earlier rows left
     wider = np.concatenate([rubbish, rubbish], 4)  # the second band
     bands = [
         tuple((jnp.asarray(a[:2]), jnp.asarray(b[2:])) for a, b in zip(x, y, strict=True))
         for x, y in zip(rubbish, wider, strict=True)
     ]
+    bands[0] = jax.tree.map(lambda k: jnp.swapaxes(k, 2, 3), bands[0])
     own = ResponseCache(*bands, jnp.zeros(b, jnp.int32))
     step = jax.jit(decoder.decode_step, static_argnums=0)
     hidden = np.zeros((b, r + 1, config.d_model))
@@ -277,19 +279,21 @@ def test_prefill_and_decode_equal_logits_of_the_whole_sequence(x64, config):
 
 def test_a_full_response_cache_drops_what_does_not_fit(x64):
     params, b, r = random_params(QWEN), 2, 3
-    prompts = (jnp.zeros((1, QWEN.kv_heads, 1, QWEN.head_dim)),) * QWEN.layers
-    prompts = PromptCache(prompts, prompts, jnp.ones(1, int))
-    full = ((jnp.ones((b, QWEN.kv_heads, r, QWEN.head_dim)),),) * QWEN.layers
-    full = ResponseCache(full, full, jnp.array([r, 1]))
+    ones = lambda *shape: (jnp.ones(shape),) * QWEN.layers  # noqa: E731
+    heads, c = QWEN.kv_heads, QWEN.head_dim
+    prompts = PromptCache(ones(1, heads, c, 1), ones(1, heads, 1, c), jnp.ones(1, int))
+    full_k, full_v = (tuple((band,) for band in bands) for bands in (ones(b, heads, c, r), ones(b, heads, r, c)))
+    full = ResponseCache(full_k, full_v, jnp.array([r, 1]))
     slots = RowSlots(jnp.array([[0, 1]]), jnp.array([0, 1]))
     _, after = jax.jit(decoder.decode_step, static_argnums=0)(
         QWEN, decoder.by_layer(params), jnp.array([1, 2]), decoder.rotation(QWEN, jnp.array([4, 2])), prompts, full, slots
     )
     assert len(after.k) == QWEN.layers
-    for [k] in after.k:
-        np.testing.assert_array_equal(k[0], 1)
-        np.testing.assert_array_equal(k[1, :, [0, 2]], 1)
-        assert np.all(np.asarray(k[1, :, 1]) != 1)
+    for [k], [v] in zip(after.k, after.v, strict=True):
+        for cache in (np.swapaxes(k, 2, 3), np.asarray(v)):
+            np.testing.assert_array_equal(cache[0], 1)
+            np.testing.assert_array_equal(cache[1, :, [0, 2]], 1)
+            assert np.all(cache[1, :, 1] != 1)
 
 
 def test_remat_gives_the_same_gradient(x64):
