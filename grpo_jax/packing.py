@@ -19,10 +19,7 @@ import jax
 import numpy as np
 
 from grpo_jax.group import Group
-from models.attention import PackLayout, Rows, Tiles
-
-# Tiles of keys that meet a tile of queries in one step: wide products, few steps, and on drawn lengths under 30 % padding.
-_KEY_TILES = 4
+from models.attention import KEY_TILES, PackLayout, Rows, Tiles
 
 
 @jax.tree_util.register_dataclass
@@ -142,7 +139,7 @@ def pack(
         if kernel == "tiles":
             most = bucket(max(len(layout.steps) for _, layout in some), 8)
             some = [(row, _with_steps(layout, most)) for row, layout in some]
-            launched_cells += shards * most * _KEY_TILES * math.prod(tile)
+            launched_cells += shards * most * KEY_TILES * math.prod(tile)
         else:
             launched_cells += shards * sum(n * s * (s + 1) // 2 for s, n in widths.items())
         packs.append(jax.tree.map(lambda *x: np.stack(x), *(_row(row, layout, t, m) for row, layout in some)))
@@ -198,9 +195,9 @@ def _tiles(groups: Sequence[Group], t: int, tile: tuple[int, int]) -> Tiles:
                 seen[i].update(range(own.start // keys, -(-last // keys)), range(ours.start // keys, -(-end // keys)))
     steps = []
     for i, tiles in sorted(seen.items()):
-        tiles = np.pad(sorted(tiles), (0, -len(tiles) % _KEY_TILES), constant_values=-1)
-        steps += [(i, *some) for some in tiles.reshape(-1, _KEY_TILES)]
-    return Tiles(first, prompt, prompt_end, np.array(steps, np.int32).reshape(-1, 1 + _KEY_TILES), tile)
+        tiles = np.pad(sorted(tiles), (0, -len(tiles) % KEY_TILES), constant_values=-1)
+        steps += [(i, *some) for some in tiles.reshape(-1, KEY_TILES)]
+    return Tiles(first, prompt, prompt_end, np.array(steps, np.int32).reshape(-1, 1 + KEY_TILES), tile)
 
 
 def _with_steps(layout: Tiles, most: int) -> Tiles:

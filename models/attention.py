@@ -2,7 +2,7 @@
 
 The one place that knows how attention is computed, and by which kernel:
 
-    causal   a plain sequence, in plain XLA; the reference
+    causal   a plain sequence, in plain XLA; the reference where it is short, by tiles where it is long
     packed   flat rows of whole groups, for learning
              Tiles   plain XLA, everywhere: a tile of the flat row's queries with a few tiles of keys that it sees, one step
                      after another, with a flash backward pass; the responses of a group share the tiles of their prompt
@@ -21,13 +21,16 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 # Finite, so that a row in which every key is masked stays free of nan; it then merges with weight exp(MASKED - m) = 0.
 MASKED = -1e30
-# Queries whose scores against a whole long sequence are held at once.
-QUERIES = 1024
+# The longest plain sequence whose scores are held at once.
+SQUARE = 512
+# Tiles of keys that meet a tile of queries in one step: wide products, few steps, and on drawn lengths under 30 % padding.
+KEY_TILES = 4
 # Under this name the outputs of a pack's attention may be kept for the backward pass (see models.decoder.hidden, `remat`).
 SAVED = "attention"
 
@@ -147,24 +150,18 @@ def _heads_last(o: Array, heads: int) -> Array:
 def causal(q: Array, k: Array, v: Array) -> Array:
     """Plain causal attention. q [..., T, H, C]; k, v [..., T, K, C] -> [..., T, H, C].
 
-    Right padding needs no mask: no real token looks to its right. Long sequences go by blocks of QUERIES queries, one after
-    another, so that scores take memory in proportion to T.
+    Right padding needs no mask: no real token looks to its right. Sequences of more than SQUARE tokens go by tiles, one
+    after another, so that scores take little memory and none are computed above the diagonal.
     """
-    *_, t, heads, _ = q.shape
-    kv_heads, size = k.shape[-2], min(t, QUERIES)
-    k, v = jnp.moveaxis(k, -3, -1), jnp.moveaxis(v, -3, -2)
-
-    def block(given: tuple[Array, Array]) -> Array:
-        start, some = given
-        mask = jnp.arange(t) <= start + jnp.arange(size)[:, None]
-        return _merge(_part(_heads_first(some, kv_heads), k, v, jnp.tile(mask, (heads // kv_heads, 1))))
-
-    if size == t:
-        return _heads_last(block((jnp.int32(0), q)), heads).astype(q.dtype)
-    padded = jnp.pad(q, [(0, 0)] * (q.ndim - 3) + [(0, -t % size), (0, 0), (0, 0)])
-    blocks = jnp.moveaxis(padded.reshape(*q.shape[:-3], -1, size, *q.shape[-2:]), -4, 0)
-    o = _heads_last(jax.lax.map(block, (size * jnp.arange(len(blocks)), blocks)), heads)
-    return jnp.moveaxis(o, 0, -4).reshape(padded.shape)[..., :t, :, :].astype(q.dtype)
+    *lead, t, heads, c = q.shape
+    if t > SQUARE:
+        layout = _lower_triangle(t)
+        flat = tuple(x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
+        return jax.lax.map(lambda row: _in_tiles(*row, layout), flat).reshape(*lead, t, heads, c)
+    kv_heads = k.shape[-2]
+    mask = jnp.tile(jnp.tril(jnp.ones((t, t), bool)), (heads // kv_heads, 1))
+    part = _part(_heads_first(q, kv_heads), jnp.moveaxis(k, -3, -1), jnp.moveaxis(v, -3, -2), mask)
+    return _heads_last(_merge(part), heads).astype(q.dtype)
 
 
 def packed(q: Array, k: Array, v: Array, layout: PackLayout) -> Array:
@@ -193,6 +190,19 @@ def _in_tiles(q: Array, k: Array, v: Array, layout: Tiles) -> Array:
     steps = jnp.maximum(layout.steps, 0)  # any tile stands for none: it is not seen
     o = _tiles(cut(q, queries), cut(k, keys), cut(v, keys), steps, _seen(layout))
     return _heads_last(o, heads).reshape(-1, heads, c)[:t]
+
+
+def _lower_triangle(t: int, tile: tuple[int, int] = (128, 64)) -> Tiles:
+    """A plain sequence of t tokens as one prompt."""
+    queries, keys = tile
+    steps = []
+    for i in range(-(-t // queries)):
+        tiles = np.arange(-(-min(t, (i + 1) * queries) // keys))
+        tiles = np.pad(tiles, (0, -len(tiles) % KEY_TILES), constant_values=-1)
+        steps += [(i, *some) for some in tiles.reshape(-1, KEY_TILES)]
+    none = np.zeros(t, np.int32)
+    # Or XLA would make all masks while it compiles, value by value.
+    return jax.lax.optimization_barrier(Tiles(none, none, none, np.array(steps, np.int32), tile))
 
 
 def _seen(layout: Tiles) -> Array:
