@@ -5,7 +5,7 @@ demo: .venv/demo
 	.venv/bin/python -m grpo_jax.train demo --run.dir runs/demo
 
 test: .venv/test
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2
 
 .venv/%: pyproject.toml
 	$(PYTHON) -m venv .venv

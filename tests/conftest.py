@@ -8,12 +8,15 @@ import pytest
 
 
 def pytest_configure(config):
-    """One folder of compiled programs for a whole run of the tests: for pytest's workers, and for the programs they start."""
+    """For pytest's workers and for the programs that tests start: one folder of compiled programs for all, which lack the
+    compiler's last efforts, since they take long to compile and run for moments."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="grpo_jax-tests-", ignore_cleanup_errors=True)
         config.add_cleanup(folder.cleanup)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
@@ -51,8 +54,8 @@ def tiny_model(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def quick():
-    """Leaves out the compiler's last efforts: these programs take seconds to compile and run once. Memory stays the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimized():
+    """For a test of what the compiler makes of a program."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -37,7 +37,7 @@ def test_responses_are_those_of_the_plain_model_token_by_token(tiny_model, model
         assert row[0].text == model.policy.tokenizer.decode(drawn[: len(drawn) - ended])
 
 
-def test_each_response_is_handed_out_with_its_prompt_as_soon_as_it_is_there(model, quick):
+def test_each_response_is_handed_out_with_its_prompt_as_soon_as_it_is_there(model):
     """Those without room first; the others are what is returned at the end."""
     examples = demo.tasks(6, 0, held_out=True)
     encoded = [prompt.encode(example, model.policy.tokenizer, TEMPLATE) for example in examples]
@@ -56,7 +56,7 @@ def test_each_response_is_handed_out_with_its_prompt_as_soon_as_it_is_there(mode
     assert not all(found) and [calls for _, calls, _ in told][-1] > 0
 
 
-def test_samples_do_not_depend_on_which_examples_are_asked(model, quick):
+def test_samples_do_not_depend_on_which_examples_are_asked(model):
     """With the attempts of all: the second of two equal ones gets its own, alone or beside the first."""
     [example] = demo.tasks(1, 0, held_out=True)
     sampled = dict(max_response_tokens=12, temperature=3.0)

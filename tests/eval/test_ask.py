@@ -140,7 +140,7 @@ def test_replies_are_judged_anew_each_time_and_other_benchmarks_stay(args, tmp_p
 
 
 @pytest.fixture
-def sampled(args, tiny_model, quick):
+def sampled(args, tiny_model):
     return replace(args, model=tiny_model, max_response_tokens=6, rows=3)
 
 

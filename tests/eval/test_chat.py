@@ -226,7 +226,7 @@ def test_ctrl_c_stops_a_reply_on_a_terminal_and_a_second_one_ends_it(monkeypatch
     assert "stopped; the conversation is as before" in capsys.readouterr().out
 
 
-def test_the_real_sampler_answers_the_prompt_of_training(tiny_model, quick, tmp_path, monkeypatch, capsys):
+def test_the_real_sampler_answers_the_prompt_of_training(tiny_model, tmp_path, monkeypatch, capsys):
     (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
     args = Args(tiny_model, tmp_path / "tools.json", max_response_tokens=4, template=demo.TEMPLATE)
     talked = chat.begin(args)

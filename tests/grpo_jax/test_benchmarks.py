@@ -129,7 +129,7 @@ def test_every_task_counts_once_those_that_were_not_asked_as_wrong(policy, monke
     assert train.validate(None, [], [], sampling, length_reward.score, None) == {}
 
 
-def test_a_run_without_rows_to_validate_on_still_answers_benchmarks(tiny_model, tmp_path, capsys, quick):
+def test_a_run_without_rows_to_validate_on_still_answers_benchmarks(tiny_model, tmp_path, capsys):
     options = {"run.steps": 1, "validation.limit": 2, "validation.benchmarks": f"{OURS},{HERE}:benchmark"}
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(jsonl.row_of(task)) + "\n" for task in demo.tasks(4, 1, held_out=False)))

@@ -74,7 +74,6 @@ def environment() -> dict:
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_X64": "1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # these programs take long to compile and run for moments
     }
 
 

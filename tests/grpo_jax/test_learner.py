@@ -44,8 +44,6 @@ from tests.grpo_jax.copied import (
     reference_of,
 )  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def copied(model, o, params, batch):

@@ -176,7 +176,6 @@ from models import decoder, lora
 from jax.sharding import AxisType
 from models.decoder import DecoderConfig
 
-jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
 MODEL = DecoderConfig("qwen2", 32, 24, 40, 2, 6, 3, 4, tied=True)  # 3 key heads: replicated on 2 tensor devices
 rng = np.random.default_rng(0)
 init = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape) + (x.shape[-1:] == x.shape), decoder.shapes(MODEL))

@@ -33,7 +33,6 @@ from tests.grpo_jax.copied import (
 )  # fmt: skip
 
 LONGEST = 11
-pytestmark = pytest.mark.usefixtures("quick")
 OBJECTIVES = {
     "ppo": {},
     "clip-higher": {"clip_low": 0.1, "clip_high": 0.28},

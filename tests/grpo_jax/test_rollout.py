@@ -185,14 +185,6 @@ def test_rows_that_leave_for_want_of_memory_are_drawn_again_alike(x64, fine_band
     assert usage.tokens == plain.tokens and usage.row_steps > plain.row_steps  # what was drawn twice is not counted twice
 
 
-@pytest.fixture
-def quick_compilation():
-    """For a test that compiles many shapes of a small program and runs them little."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 LENGTHS = np.random.default_rng(0)
 DRAWN = (  # tokens of 256 prompts, and of 5 responses to each
     np.clip(np.exp(LENGTHS.normal(np.log(700), 0.5, 256)), 64, 4096).astype(int),
@@ -200,7 +192,7 @@ DRAWN = (  # tokens of 256 prompts, and of 5 responses to each
 )
 
 
-def test_slots_are_used_and_shapes_few_on_lengths_like_real_ones(quick_compilation):
+def test_slots_are_used_and_shapes_few_on_lengths_like_real_ones():
     """Prompts are cut to a 64th, which changes nothing in who sits where; responses are as drawn."""
     config = DecoderConfig("qwen2", 16, 8, 8, 1, 1, 1, 8)
     params = decoder.init(config, jax.random.key(0))
@@ -534,7 +526,7 @@ def test_a_pool_shrinks_as_rows_of_a_group_end_one_by_one(calls):
     assert pool.prompts.length[0] < 5 and pool.responses.length[0] < 15
 
 
-def test_a_call_writes_its_caches_in_place(monkeypatch):
+def test_a_call_writes_its_caches_in_place(monkeypatch, optimized):
     """In the compiled text: the loop over tokens copies no cache, of prompts or of responses."""
     decode, texts = rollout._decode, []
 

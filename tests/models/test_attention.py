@@ -78,7 +78,7 @@ def test_causal_by_tiles_is_the_same(x64, monkeypatch, t):
     np.testing.assert_allclose(jax.jit(lambda *x: attention.causal(*x))(*x), expected, rtol=0, atol=1e-13)
 
 
-def test_causal_of_a_long_sequence_holds_no_square():
+def test_causal_of_a_long_sequence_holds_no_square(optimized):
     """Or the longest prompts of a benchmark, 8000 tokens, would take gigabytes."""
     t = 8192
     shapes = [jax.ShapeDtypeStruct((1, t, heads, C), jnp.float32) for heads in (H, K, K)]
@@ -148,7 +148,7 @@ def test_gradient_of_packed_equals_that_of_the_dense_mask(x64, groups):
         np.testing.assert_allclose(grad, want, rtol=0, atol=1e-10)
 
 
-def test_gradient_of_packed_copies_no_sum_in_its_loop():
+def test_gradient_of_packed_copies_no_sum_in_its_loop(optimized):
     """In the compiled text: sums of the gradients of keys and values are added to in place."""
     t, tile = 48, (4, 3)
     layout, _ = lay_out(FIVE + TWO, t, tile)

@@ -24,14 +24,6 @@ SMALL = dict(prompts=2, group_size=3, prompt_tokens=20, response_tokens=8, repea
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Leaves out the compiler's last efforts: these programs run a few times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module", autouse=True)
 def small_ceilings():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(timing.SIZES, "cpu", (64, 4096))
