@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from data.example import Example, make
+from data.example import DEEPEST, Example, is_deeper, make
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 MANIFEST = "manifest.json"  # what `data.build` says about a folder of rows; no row itself
@@ -45,7 +45,8 @@ TOOLS_DO_NOT_PARSE = "tools_do_not_parse"
 ANSWERS_DO_NOT_PARSE = "answers_do_not_parse"
 NO_CALL = "no_call"  # no answers, and the row does not say that this is right
 CALLS_UNOFFERED_TOOL = "calls_unoffered_tool"  # a right call is of a tool that the row does not list
-NOT_PLAIN_JSON = "not_plain_json"  # NaN, infinity, half a surrogate pair: no tokenizer and no JSON file takes it
+# NaN, infinity, half a surrogate pair: no tokenizer and no JSON file takes it; or nested over DEEPEST levels deep.
+NOT_PLAIN_JSON = "not_plain_json"
 DUPLICATE = "duplicate"  # the same messages, tools and answers as an earlier row
 
 ROLES = {
@@ -115,6 +116,8 @@ def example_of(row: Any, source: str, *, keep_no_call: bool = False) -> Example 
     """One row as an Example, or the reason why it is dropped. `source` is for rows that name none themselves."""
     if not isinstance(row, dict):
         return NOT_AN_OBJECT
+    if is_deeper(row, DEEPEST):
+        return NOT_PLAIN_JSON
     if not row.get("messages") and not str(row.get("query") or "").strip():
         return NO_QUERY
     turns = parsed(_turns, row.get("messages") or [{"role": "user", "content": row.get("query")}])

@@ -35,10 +35,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from data.example import Example
+from data.example import Example, is_deeper
 
 KINDS = ("binary", "binary_no_reasoning", "format", "format_and_names", "lexicographic")
 
@@ -74,7 +73,7 @@ class Scored:
     parts: dict[str, float]  # findings by name; those of `judge`: think, tool_call, parsed, names, match, each 0 or 1
 
 
-Reward = Callable[[Sequence[Response], "Example"], list[Scored]]
+Reward = Callable[[Sequence[Response], Example], list[Scored]]
 
 
 def parse_calls(response: str) -> list[dict] | None:
@@ -231,13 +230,7 @@ def _decode(text: str) -> Any:
         value = json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=_constant)
     except (ValueError, RecursionError):
         return None
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        containers = [node for node in level if isinstance(node, (dict, list))]
-        if not containers:
-            return value
-        level = [child for node in containers for child in (node.values() if isinstance(node, dict) else node)]
-    return None
+    return None if is_deeper(value, MAX_DEPTH) else value
 
 
 def _integer(digits: str) -> int:
