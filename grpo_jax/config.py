@@ -107,6 +107,13 @@ class Reward:
     `overlong_penalty`, evenly growing (DAPO), so that length is learned before it is cut. 0: off."""
     overlong_penalty: float = 1.0
     """What a response of full length loses. 1, as much as a right response earns, makes none worth being cut."""
+    workers: int = 1
+    """Processes that call a reward of your own, so that one that hangs or crashes does not end the run. More of them score
+    several groups at once; then it should keep no state from call to call. 0 calls it in this process, for a debugger, say, or
+    where it needs the accelerator. Built-in rewards need none."""
+    timeout: float = 60.0
+    """Seconds that a call of your own reward, which is one group, may take before its process is killed and the group scores 0.
+    Raise it for a reward that asks a server; 0 for no limit. Without `workers` nothing can end a call, and it is not read."""
 
 
 @dataclass(frozen=True)
@@ -305,6 +312,7 @@ Config = TypeVar("Config", TrainConfig, SftConfig)
 
 OPERATIONAL = (
     "run.dir", "run.steps", "run.epochs", "run.tensorboard", "rollout.decode_steps_per_call", "rollout.rows", "rollout.tensor",
+    "reward.workers", "reward.timeout",
     "learner.tokens_per_microbatch", "learner.remat", "learner.attention", "learner.offload",
     "mesh.", "hosts.", "checkpoint.", "validation.", "export.",
 )  # fmt: skip
@@ -315,6 +323,7 @@ _FROM_0 = (
     "rollout.top_k",
     "rollout.refills",
     "reward.overlong_margin",
+    "reward.workers",
     "hosts.index",
     "lora.rank",
     "validation.every",
