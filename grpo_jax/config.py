@@ -43,13 +43,14 @@ class Run:
 class Model:
     path: str = ""
     """A Hugging Face folder or hub id of a Qwen2.5 or Llama 3 model with its tokenizer and chat template; or the folder of a
-    finished run, whose trained model is taken."""
+    finished run, whose trained model is taken. `org/name@revision` stays with that commit, or tag, of the hub."""
 
 
 @dataclass(frozen=True)
 class Data:
     path: str = ""
-    """Rows of tool calls: a JSONL, JSON or Parquet file, a folder of them, a hub id; or `demo`, tasks the program makes."""
+    """Rows of tool calls: a JSONL, JSON or Parquet file, a folder of them, a hub id (`org/name@revision` for one commit of it);
+    or `demo`, tasks the program makes."""
     template: str | None = None
     """A text file that replaces the built-in thinking template; `{tools}` in it stands for the tools, one a line."""
     validation_path: str | None = None
@@ -544,7 +545,9 @@ def run_main(main: Callable[[], None]) -> None:
 
 def _leave(text: str, code: int) -> NoReturn:
     """Ends the process with a text on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    from grpo_jax.console import visible  # not above: it is long to import, and programs say wrong options before
+
+    print(visible(text, sys.stderr.encoding or "utf-8"), file=sys.stderr, flush=True)  # it may say what a file says
     if _among_hosts():
         os._exit(code)  # an orderly end would wait for the other hosts, and these for this one
     raise SystemExit(code) from None
