@@ -486,11 +486,11 @@ def campaign(cases: Sequence[int], seed: int, kind: str, corpus: Sequence[Any] =
         for number in cases:
             rng = random.Random((seed << 32) + number)
             case = response(rng, corpus) if kind == "responses" else (row(rng, corpus), place)
-            _put(report, f"{kind} {number}", case, kind, seconds)
+            put(report, f"{kind} {number}", case, kind, seconds)
     return report
 
 
-def _put(report: Report, label: str, case: tuple[Any, Any], kind: str, seconds: float) -> None:
+def put(report: Report, label: str, case: tuple[Any, Any], kind: str, seconds: float) -> None:
     """One case through all that reads it."""
     table, may_raise = (READERS, ()) if kind == "responses" else (LOADERS, (ValueError, OSError))
     report.cases += 1
@@ -519,7 +519,7 @@ def megabytes(seconds: float = SECONDS) -> Report:
         block = f"<think></think><tool_call>{run}</tool_call>"
         argument = f'<tool_call>[{{"name": "f", "arguments": {{"a": "{run}"}}}}]</tool_call>'
         for text in (run, block, argument):
-            _put(report, f"{len(text):,} characters of {piece[:20]!r}", (text, CALLS[0]), "responses", seconds)
+            put(report, f"{len(text):,} characters of {piece[:20]!r}", (text, CALLS[0]), "responses", seconds)
     return report
 
 
