@@ -60,6 +60,7 @@ ERROR = "reward_error"  # it raised, or did not return a finite number (or a `Sc
 TIMEOUT = "reward_timeout"  # it took longer than --reward.timeout; its process was ended
 CRASH = "reward_crash"  # its process ended by itself
 
+OPENING, CLOSING = "<tool_call>", "</tool_call>"
 MAX_DIGITS = 4300  # int() is quadratic; Python's own limit has this default, but can be switched off
 MAX_DEPTH = 500
 
@@ -97,6 +98,22 @@ def parse_calls(response: str) -> list[dict] | None:
     """
     block = _last_block(_plain(response))
     return None if block is None else _calls(block)
+
+
+def last_block(text: str) -> tuple[int, int] | None:
+    """(begin, end) of what stands in the last match of `<tool_call>(.*?)</tool_call>`, without the tags; None without one.
+
+    In linear time, which that expression does not take: an opening tag without a closing one after it ends the search, since
+    none of the later opening tags has one either.
+    """
+    last, position = None, 0
+    while (start := text.find(OPENING, position)) >= 0:
+        start += len(OPENING)
+        end = text.find(CLOSING, start)
+        if end < 0:
+            break
+        last, position = (start, end), end + len(CLOSING)
+    return last
 
 
 def judge(response: str, answer: Sequence[dict], kind: str = "binary") -> Scored:
@@ -249,17 +266,9 @@ def _has_think(text: str) -> bool:
 
 
 def _last_block(text: str) -> str | None:
-    """The last match of `<tool_call>(.*?)</tool_call>`, in linear time: an opening tag without a closing one after it
-    ends the search, since none of the later opening tags has one either."""
-    opening, closing = "<tool_call>", "</tool_call>"
-    last, position = None, 0
-    while (start := text.find(opening, position)) >= 0:
-        start += len(opening)
-        end = text.find(closing, start)
-        if end < 0:
-            break
-        last, position = (start, end), end + len(closing)
-    return None if last is None else text[slice(*last)]
+    """What stands in the last match of `<tool_call>(.*?)</tool_call>`."""
+    place = last_block(text)
+    return None if place is None else text[slice(*place)]
 
 
 def _calls(block: str) -> list[dict] | None:

@@ -182,7 +182,7 @@ def broken_value(value: Any, rng: random.Random) -> Any:
         case 5 if isinstance(held, dict):
             held[rng.choice(KEYS)] = held.pop(key)
         case 6 if isinstance(held, list):
-            held *= rng.choice((0, 2, 50))
+            held *= rng.choice((0, 2, 7))
         case _:
             other, there = rng.choice(places)
             held[key] = copy.deepcopy(other[there]) if there in _keys(other) else _odd(rng)
@@ -191,7 +191,7 @@ def broken_value(value: Any, rng: random.Random) -> Any:
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
     """Every (list or object, key) inside it, from the outside in; not of what is nested very deep, or repeated very often."""
-    found, level = [], [value]
+    found, level = [], [value] if isinstance(value, (list, dict)) else []
     while level and len(found) < 300:
         inside = [(held, key) for held in level for key in _keys(held)]
         found += inside
@@ -224,7 +224,7 @@ def _odd(rng: random.Random) -> Any:
         case 4:
             return {rng.choice(KEYS): rng.choice(STRINGS) for _ in range(rng.randrange(1, 6))}
         case _:
-            return rng.choice(([], {}, ["x"] * 30, [[1]], {"a": {"a": []}}, rng.choice(CALLS), rng.choice(STRINGS) * 7))
+            return rng.choice(([], {}, ["x"] * 30, [[1]], {"a": {"a": []}}, copy.deepcopy(rng.choice(CALLS)), "x" * 7))
 
 
 def written(value: Any, rng: random.Random) -> str:
@@ -512,13 +512,13 @@ def put(report: Report, label: str, case: tuple[Any, Any], kind: str, seconds: f
 
 
 def megabytes(seconds: float = SECONDS) -> Report:
-    """A megabyte of every piece, alone, as a block and as an argument, through all READERS."""
+    """A megabyte of every piece, alone, as a block, as an argument and behind right calls, through all READERS."""
     report = Report()
     for piece in filter(None, PIECES):
         run = piece * (MEGABYTE // len(piece))
         block = f"<think></think><tool_call>{run}</tool_call>"
         argument = f'<tool_call>[{{"name": "f", "arguments": {{"a": "{run}"}}}}]</tool_call>'
-        for text in (run, block, argument):
+        for text in (run, block, argument, prompt.reply(CALLS[0], "") + run):
             put(report, f"{len(text):,} characters of {piece[:20]!r}", (text, CALLS[0]), "responses", seconds)
     return report
 

@@ -44,6 +44,7 @@ REPLIES = [
     '<tool_call>[{"name": "\\u0000", "arguments": {"": {"": ""}}}]</tool_call>',
     '<tool_call>[{"name": "a.b.class", "arguments": {"if": 1}}]</tool_call>',
     json.dumps(BLOCK % "1"),
+    BLOCK % "1" + "<tool_call>" * 90_000,
     "<think>" * 1000 + "</think>" * 1000,
     "</tool_call><tool_call>" * 1000,
     f"<tool_call>{json.dumps(json.dumps(json.dumps('[]')))}</tool_call>",
