@@ -30,10 +30,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.progress import track
 
 from data import augment, command_line, demo, jsonl, overlap, prompt, toolace
-from data.example import Example, make
+from data.example import Example, is_deeper, make
 from eval import acebench, api_bank, bfcl, chat, completions, lines, record, replies
 from eval.benchmark import Item
 from grpo_jax import config, console, metrics, reward
@@ -120,13 +122,13 @@ def response(rng: random.Random, texts: Sequence[str] = ()) -> tuple[str, list[d
 def row(rng: random.Random, rows: Sequence[Any] = ()) -> bytes:
     """A row as it stands in a file, without a line's end inside unless that was broken, too."""
     value: Any = copy.deepcopy(rng.choice((*_rows(), *rows)))
-    for _ in range(rng.choice((0, 1, 1, 2, 3, 5))):
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 3, 5))):
         value = broken_value(value, rng)
     text = written(value, rng)
-    for _ in range(rng.choice((0, 0, 0, 1, 2))):
+    for _ in range(rng.choice((0, 0, 0, 0, 0, 0, 1, 2))):
         text = broken_text(text, rng)
     content = bytearray(text[:MEGABYTE].encode(errors=rng.choice(("surrogatepass", "backslashreplace"))))
-    for _ in range(rng.choice((0, 0, 0, 0, 1, 3))):
+    for _ in range(rng.choice((0, 0, 0, 0, 0, 0, 0, 1, 3))):
         if content:
             content[rng.randrange(len(content))] = rng.choice((0, 0x0A, 0x80, 0xFF, 0xC0, 0xED, rng.randrange(256)))
     return bytes(content)
@@ -148,7 +150,7 @@ def _rows() -> tuple[Any, ...]:
             ("assistant", '[Book table (v2)(city="Oslo", days=-2, x=[1, (2, "3")], y={"k": None}), weather(city="\\u00e9")]'),
             ("assistant", "Four degrees.")]  # fmt: skip
     conversation = [{"from": who, "value": text} for who, text in said]
-    made = [jsonl.row_of(example) for example in demo.tasks(20, seed=1, held_out=False)]
+    made = [jsonl.row_of(example) for example in demo.tasks(4, seed=1, held_out=False)]
     return (
         {"query": "How warm?", "tools": [tool], "answers": [call], "id": 3, "source": "mine", "reasoning": "why"},
         {"query": "How warm?", "tools": json.dumps([tool, other]), "answers": json.dumps([call, call])},
@@ -185,7 +187,7 @@ def broken_value(value: Any, rng: random.Random) -> Any:
             held *= rng.choice((0, 2, 7))
         case _:
             other, there = rng.choice(places)
-            held[key] = copy.deepcopy(other[there]) if there in _keys(other) else _odd(rng)
+            held[key] = _odd(rng) if is_deeper(other[there], 60) else copy.deepcopy(other[there])  # deepcopy recurses
     return value
 
 
@@ -306,13 +308,13 @@ def _verdict(module: Any, given: Callable[[list[dict[str, Any]]], list[Item]]) -
     return read
 
 
-def _item(answer: list[dict[str, Any]], **given: Any) -> Item:
-    return Item("item", "category", make([{"role": "user", "content": "?"}], [], answer, "fuzz"), given)
+def _item(**given: Any) -> Item:
+    return Item("item", "category", make([{"role": "user", "content": "?"}], [], [], "fuzz"), given)
 
 
 def _api_bank(answer: list[dict[str, Any]]) -> list[Item]:
     texts = [{**call, "arguments": {key: str(value) for key, value in call["arguments"].items()}} for call in answer[:1]]
-    return [_item(answer, answer=call) for call in texts]
+    return [_item(answer=call) for call in texts]
 
 
 def _acebench(answer: list[dict[str, Any]]) -> list[Item]:
@@ -322,7 +324,7 @@ def _acebench(answer: list[dict[str, Any]]) -> list[Item]:
         properties = {key: {"type": kinds.get(type(value), "string")} for key, value in call["arguments"].items()}
         schema = {"type": "object", "properties": properties, "required": list(properties)[:1]}
         tools.append({"name": call["name"], "description": "", "parameters": schema if properties else {}})
-    return [_item(answer, tools=tools, answers=[{call["name"]: call["arguments"] for call in answer}])] if answer else []
+    return [_item(tools=tools, answers=[{call["name"]: call["arguments"] for call in answer}])] if answer else []
 
 
 def _kept(text: str, answer: list[dict[str, Any]]) -> None:
@@ -419,9 +421,6 @@ def _json(content: bytes, place: Place) -> None:
 
 def _parquet(content: bytes, place: Place) -> str | None:
     """Of a row in eight; not every value can be a column."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if len(content) % 8 or len(content) > 20_000:
         return None
     value, path = jsonl._parse_json(content, Path("fuzz"), 1, "mend it"), place.folder / "rows.parquet"
