@@ -15,6 +15,6 @@ test: .venv/test
 
 # The versions with which the tests are run, for .ci/run: those that are installed here (a local version, "+cpu", is left out).
 requirements.lock: .venv/test
-	.venv/bin/python -m pip freeze --exclude-editable | sed 's/+.*//' > $@
+	.venv/bin/python -m pip freeze --all --exclude-editable | sed 's/+.*//' > $@
 
 .PHONY: demo test
