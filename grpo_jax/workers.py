@@ -88,7 +88,7 @@ class Worker:
         """What it has to say; None where it has died."""
         try:
             return json.loads(self.connection.recv_bytes())
-        except (OSError, EOFError, ValueError):
+        except (OSError, EOFError, ValueError, RecursionError):
             return None
 
     def end(self, seconds: float) -> int:
