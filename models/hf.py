@@ -168,7 +168,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, tuple[Path, An
         if not isinstance(where, dict):
             raise ValueError(f"{index}: no weight_map of tensor to file; download or export the model again")
         names = sorted({str(name) for name in where.values()})
-        if strange := [name for name in names if Path(name).name != name]:
+        if strange := [name for name in names if Path(name).name != name or name in ("", "..")]:
             raise ValueError(f"{index}: {strange[0]!r:.100} is no file of this folder; download or export the model again")
         files, source = [folder / name for name in names], index
     tensors = {}
