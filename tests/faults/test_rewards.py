@@ -205,7 +205,7 @@ def test_a_run_goes_on(name, tiny_model, tmp_path, capsys, quick):
     train.train(small(tiny_model, tmp_path / "run", **options))
     reason = {"hangs": TIMEOUT, "dies": CRASH}[name]
     found = rows(tmp_path / "run")
-    assert [row["step"] for row in found] == [1, 2]
+    assert [row["step"] for row in found] == [0, 1, 2]
     failed = [row.get(f"reason/{reason}", 0.0) for row in found]
     assert max(failed) > 0 and all(
         row[f"reason/{reason}"] + row["reason/letters"] == 1 for row in found if f"reason/{reason}" in row
