@@ -13,4 +13,8 @@ test: .venv/test
 	.venv/bin/python -m pip install --quiet --editable '.$(if $(filter test,$*),[test])'
 	touch $@
 
+# The versions with which the tests are run, for .ci/run: those that are installed here (a local version, "+cpu", is left out).
+requirements.lock: .venv/test
+	.venv/bin/python -m pip freeze --all --exclude-editable | sed 's/+.*//' > $@
+
 .PHONY: demo test

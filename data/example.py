@@ -12,10 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+DEEPEST = 100  # lists and objects inside each other; real rows have at most some 15
+
 
 @dataclass(frozen=True)
 class Example:
-    """One task. Raises ValueError where messages, tools and answer are no plain JSON.
+    """One task. Raises ValueError where messages, tools and answer are no plain JSON, as in `content_id`.
 
     messages: the dialogue before the answer, in order. Each turn is {"role": "system" | "user" | "assistant" | "tool",
         "content": str}; an assistant turn that called tools has "calls": [{"name": str, "arguments": dict}], and a tool
@@ -45,9 +47,12 @@ def content_id(messages: Iterable[dict], tools: Iterable[dict], answer: Iterable
     """16 hex digits (64 bits of SHA-256) of the canonical JSON: keys sorted, no spaces, UTF-8.
 
     `1`, `1.0` and `true` differ. Raises ValueError where the content is no plain JSON: NaN or infinity, half a
-    surrogate pair, a type that JSON lacks.
+    surrogate pair, a type that JSON lacks; and where it is nested over DEEPEST levels deep, since much that handles an
+    example (json, chat templates) recurses, and how deep it may depends on who calls it.
     """
     content = {"messages": list(messages), "tools": list(tools), "answer": list(answer)}
+    if is_deeper(content, DEEPEST):
+        raise ValueError(f"the task is nested over {DEEPEST} levels deep: mend the value")
     try:
         text = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -64,3 +69,14 @@ def make(
 ) -> Example:
     """An Example from any iterables, with its id; fields and errors as in `Example`."""
     return Example(tuple(messages), tuple(tools), tuple(answer), source, extra=dict(extra or {}))
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects of a JSON value stand inside each other over `levels` deep. Does not recurse."""
+    level = [value]
+    for _ in range(levels + 1):
+        level = [node for node in level if isinstance(node, (dict, list, tuple))]
+        if not level:
+            return False
+        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
+    return True

@@ -31,11 +31,11 @@ from typing import Any
 
 import numpy as np
 
-from data.example import Example, make
+from data.example import DEEPEST, Example, is_deeper, make
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 MANIFEST = "manifest.json"  # what `data.build` says about a folder of rows; no row itself
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
 
 # Why a row is dropped; the first that holds counts.
 NOT_AN_OBJECT = "not_an_object"  # the row is JSON, but no object
@@ -45,7 +45,8 @@ TOOLS_DO_NOT_PARSE = "tools_do_not_parse"
 ANSWERS_DO_NOT_PARSE = "answers_do_not_parse"
 NO_CALL = "no_call"  # no answers, and the row does not say that this is right
 CALLS_UNOFFERED_TOOL = "calls_unoffered_tool"  # a right call is of a tool that the row does not list
-NOT_PLAIN_JSON = "not_plain_json"  # NaN, infinity, half a surrogate pair: no tokenizer and no JSON file takes it
+# NaN, infinity, half a surrogate pair: no tokenizer and no JSON file takes it; or nested over DEEPEST levels deep.
+NOT_PLAIN_JSON = "not_plain_json"
 DUPLICATE = "duplicate"  # the same messages, tools and answers as an earlier row
 
 ROLES = {
@@ -68,7 +69,8 @@ class Loaded:
 
 
 def load(path: str | Path, *, limit: int | None = None, keep_no_call: bool = False) -> Loaded:
-    """The rows of a file, of a folder (its .jsonl, .json and .parquet files by name) or of a hub id `org/name`.
+    """The rows of a file, of a folder (its .jsonl, .json and .parquet files by name) or of a hub id `org/name`, which may
+    have a revision (a commit, tag or branch) behind it: `org/name@revision`.
 
     limit: stop after so many usable rows; the rows behind are not read and not counted. keep_no_call: use rows without
     answers even where they do not say that this is right. Of several rows with one content the first is used.
@@ -115,6 +117,8 @@ def example_of(row: Any, source: str, *, keep_no_call: bool = False) -> Example 
     """One row as an Example, or the reason why it is dropped. `source` is for rows that name none themselves."""
     if not isinstance(row, dict):
         return NOT_AN_OBJECT
+    if is_deeper(row, DEEPEST):
+        return NOT_PLAIN_JSON
     if not row.get("messages") and not str(row.get("query") or "").strip():
         return NO_QUERY
     turns = parsed(_turns, row.get("messages") or [{"role": "user", "content": row.get("query")}])
@@ -296,23 +300,24 @@ def is_hub_id(name: str) -> bool:
 def _hub_rows(name: str) -> Iterator[tuple[Any, str]]:
     """The train split of a data set on the hub."""
     may_be = f"a file ({', '.join(SUFFIXES)}), a folder of such files, or a hub id org/name"
+    hub_id, _, revision = name.partition("@")
     if not is_hub_id(name):
         raise FileNotFoundError(f"{name}: no such file or folder: give {may_be}")
     import datasets  # here: slow to import, and files need none of it
 
     try:
-        table = datasets.load_dataset(name, split="train")
+        table = datasets.load_dataset(hub_id, split="train", **({"revision": revision} if revision else {}))
     except Exception as error:  # a dozen kinds, from no network to a gated data set; all mean that there are no rows
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if "gated dataset" in reason:
             raise PermissionError(
-                f"{name}: this data set is gated: accept its conditions at https://huggingface.co/datasets/{name}, then log "
+                f"{name}: this data set is gated: accept its conditions at https://huggingface.co/datasets/{hub_id}, then log "
                 "in with `hf auth login` (or set HF_TOKEN); or download it and give the file"
             ) from error
         raise FileNotFoundError(f"{name}: no such file or folder, nor on the hub ({reason}): give {may_be}") from error
     _refuse_struct_arguments(table.features.arrow_schema, name)
     for row in table:
-        yield _without_nulls(row), name
+        yield _without_nulls(row), hub_id
 
 
 def _refuse_struct_arguments(schema: Any, where: str) -> None:

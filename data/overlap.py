@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.example import DEEPEST, is_deeper
+
 KEYS = ("question", "query", "messages", "history", "input")
 DIALOGUES = ("input",)  # keys under which a text that is no dialogue is something else than a question
 SUFFIXES = (".json", ".jsonl")
@@ -87,14 +89,15 @@ def _queries(file: Path) -> set[str]:
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON file, a list of them, or JSON lines; none where it is something else."""
+    """The objects of a JSON file, a list of them, or JSON lines; none where it is something else, or nested very deep."""
     text = file.read_text(encoding="utf-8-sig", errors="replace")
     try:
         values = [json.loads(text)]
     except (ValueError, RecursionError):
         values = [_json_or_none(line) for line in text.split("\n")]
     for value in values:
-        yield from (row for row in (value if isinstance(value, list) else [value]) if isinstance(row, dict))
+        rows = value if isinstance(value, list) else [value]
+        yield from (row for row in rows if isinstance(row, dict) and not is_deeper(row, DEEPEST))
 
 
 def _json_or_none(line: str) -> Any:

@@ -27,6 +27,7 @@ AFTER_A_BAD_CALL = "after_a_bad_call"  # an earlier turn of the conversation, an
 
 DEEPEST = 64  # lists and objects inside each other in a value
 LONGEST_NUMBER = 400  # characters; the largest float has 309 digits
+MOST_TOOLS = 1000  # of a row: each of their names is looked for in each answer
 
 _TOOLS = re.compile(r"list\s+of\s+functions\s+in\s+JSON\s+format\s+that\s+you\s+can\s+invoke[^\[]*+")
 _TIME = re.compile(r"The current (?:time|date) [^\n]*")
@@ -90,6 +91,8 @@ def system_of(text: Any) -> tuple[list[Any], list[dict[str, str]]]:
     if not marker:
         raise ValueError("no list of functions")
     tools = jsonl.decoded(json.JSONDecoder().raw_decode(text, marker.end())[0], list)
+    if len(tools) > MOST_TOOLS:
+        raise ValueError(f"over {MOST_TOOLS} tools")
     time = _TIME.search(text, 0, marker.start())
     return tools, [{"role": "system", "content": time.group().split("Here is a")[0].strip()}] if time else []
 

@@ -32,7 +32,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.example import make
+from data.example import is_deeper, make
 from eval.benchmark import Item
 from grpo_jax.reward import Scored, judge, parse_calls
 
@@ -226,7 +226,7 @@ def _decoded(calls: Sequence[Mapping[str, Any]], *, strip: bool) -> list[tuple[s
         values = list(call["arguments"].values())
         parts = [_identifier(part, strip) for part in call["name"].split(".")]
         names = [_identifier(name, strip) for name in call["arguments"]]
-        if None in parts or None in names or _depth(values) > _MAX_BRACKETS - 1:
+        if None in parts or None in names or is_deeper(values, _MAX_BRACKETS - 1):
             return None
         values = [_stripped(value) for value in values] if strip else values
         decoded.append((".".join(parts), dict(zip(names, values, strict=True))))
@@ -237,15 +237,6 @@ def _identifier(text: str, strip: bool) -> str | None:
     """A name as Python reads it, or None where it would not. A name that no identifier is could be code; it is refused."""
     text = "".join(text.split()) if strip else text.strip(" \t\f\r\n")
     return unicodedata.normalize("NFKC", text) if text.isidentifier() and not keyword.iskeyword(text) else None
-
-
-def _depth(value: Any) -> int:
-    """Lists and objects inside each other, the outermost counted."""
-    depth, level = 0, [value]
-    while level := [node for node in level if isinstance(node, (list, dict))]:
-        depth += 1
-        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
-    return depth
 
 
 def _stripped(value: Any) -> Any:

@@ -199,7 +199,7 @@ def calls_of(text: str, block: str = "first") -> list[dict[str, Any]] | None:
     if not isinstance(calls, list) or not all(map(_is_call, calls)):
         return None
     calls = [{call["name"]: call["arguments"]} for call in calls]
-    return calls if _is_shallow(calls) else None
+    return None if example.is_deeper(calls, MAX_DEPTH) else calls
 
 
 def calls(text: str, item: Item) -> list[dict[str, Any]] | None:
@@ -312,19 +312,6 @@ def _block(text: str, which: str) -> str | None:
 
 def _is_call(call: Any) -> bool:
     return isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments"), dict)
-
-
-def _is_shallow(value: Any) -> bool:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for node in level
-            for child in (node.values() if isinstance(node, dict) else node if isinstance(node, list) else ())
-        ]
-        if not level:
-            return True
-    return False
 
 
 @contextlib.contextmanager

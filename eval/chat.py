@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,11 +30,10 @@ from eval.answer import Model, open_model, respond, response_tokens, template_of
 from grpo_jax import config, inputs
 from grpo_jax.console import CONSOLE, header, note, visible, warn
 from grpo_jax.inputs import Policy
-from grpo_jax.reward import Response, judge, parse_calls
+from grpo_jax.reward import CLOSING, OPENING, Response, judge, last_block, parse_calls
 from grpo_jax.run import cache_compilations
 
 Turn = dict[str, Any]
-_BLOCK = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)  # as in grpo_jax.reward
 
 HELP = """\
 Type a request; the model answers with its thoughts and its calls.
@@ -126,8 +124,8 @@ def parts(text: str) -> tuple[str, list[dict[str, Any]] | None, str]:
     """(thought, calls as the reward reads them, what is neither) of a reply; calls that cannot be read are in the last."""
     calls, rest = parse_calls(text), text
     if calls is not None:
-        *_, block = _BLOCK.finditer(text)  # the one that the reward reads
-        rest = text[: block.start()] + text[block.end() :]
+        begin, end = last_block(text)
+        rest = text[: begin - len(OPENING)] + text[end + len(CLOSING) :]
     before, opened, behind = rest.partition("<think>")
     thought, closed, after = behind.partition("</think>")
     if opened and closed:

@@ -9,21 +9,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
-from grpo_jax import hosts, inputs, loss, rollout
+from grpo_jax import console, hosts, inputs, loss, rollout
 from grpo_jax.config import TrainConfig
 from grpo_jax.console import Progress
 from grpo_jax.group import Group, flat, ragged
 from grpo_jax.inputs import Policy, Task
-from grpo_jax.reward import Response, Reward, Scored
+from grpo_jax.reward import Response, Rewards, Scored
 from grpo_jax.rollout import Sampling, Usage
 from grpo_jax.run import Clock, Run, weights
 from models.decoder import Params
+
+LOOK_EVERY = 0.2  # seconds between two looks at whether to stop, while responses are scored
+LONGEST_TRACE = 4000  # characters that are shown of where a user's reward failed
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Batch:
 
 
 def draw(
-    run: Run, tasks: Sequence[Task], sampling: Sampling, score_group: Reward, show: Progress, clock: Clock, step: int
+    run: Run, tasks: Sequence[Task], sampling: Sampling, score_groups: Rewards, show: Progress, clock: Clock, step: int
 ) -> tuple[Batch, Batch]:
     """(all that is sampled in a step, what of it is learned from), with advantages; moves no place in the data by itself.
 
@@ -52,7 +56,7 @@ def draw(
     while True:
         earlier = [task for batch in batches for task in batch.tasks]
         prompts = inputs.batch(tasks, n, run.config.run.seed, began + len(earlier))
-        batch = exchange(run, prompts, sampling, score_group, show, "rollout", clock, step, earlier)
+        batch = exchange(run, prompts, sampling, score_groups, show, "rollout", clock, step, earlier)
         verdict += [[s.value for s in row] for row in batch.scored]
         batches.append(with_advantages(run.config, batch))
         sampled = joined(batches)
@@ -104,7 +108,7 @@ def exchange(
     run: Run,
     tasks: Sequence[Task],
     sampling: Sampling,
-    score_group: Reward,
+    score_groups: Rewards,
     show: Progress,
     phase: str,
     clock: Clock,
@@ -125,11 +129,12 @@ def exchange(
         with clock.time(phase):
             groups, usage = respond(run, params, mine, attempts, sampling, show, phase, step)
         with clock.time("reward"):
-            texts, scored = score(run.policy, mine, groups, score_group)
+            texts, scored = score(run.policy, mine, groups, score_groups, watcher(run, show, len(mine)))
         found = {
             "stopped": run.stop.asked(),
             "texts": texts,
             "scores": [[(float(s.value), s.reason) for s in row] for row in scored],
+            "traces": {s.reason: s.trace for row in reversed(scored) for s in row if s.trace},
             "usage": (usage.row_steps, usage.tokens),
             "seconds": clock.seconds[phase] - before,
         }
@@ -141,6 +146,8 @@ def exchange(
         told = hosts.gather(found, arrays)
     if any(one["stopped"] for one, _ in told):
         raise hosts.Stopped
+    for one, _ in told:
+        tell_failures(run, one["traces"])
     return assembled(tasks, told)
 
 
@@ -187,11 +194,42 @@ def respond(
     )
 
 
+def watcher(run: Run, show: Progress, total: int) -> Callable[[int], None]:
+    """Shows how many groups are scored; raises `hosts.Stopped` soon after the run was asked to stop."""
+    shown = -LOOK_EVERY
+
+    def progress(done: int) -> None:
+        nonlocal shown
+        if time.monotonic() - shown > LOOK_EVERY:
+            shown = time.monotonic()
+            show.phase("reward", done, total)
+            if run.stop.asked():
+                raise hosts.Stopped
+
+    return progress
+
+
+def tell_failures(run: Run, traces: Mapping[str, str]) -> None:
+    """Warns, once a run for each reason, of calls of the user's own reward that came to nothing."""
+    for reason, trace in traces.items():
+        if reason not in run.said:
+            run.said.add(reason)
+            console.warn(
+                f"the reward {run.config.reward.kind} failed. All responses of that group score 0, and count in "
+                f"reason/{reason}; so it is with further ones, of which nothing is said. "
+                f"{console.visible(trace[-LONGEST_TRACE:])}"
+            )
+
+
 def score(
-    policy: Policy, batch: Sequence[Task], groups: Sequence[Group], score_group: Reward
+    policy: Policy,
+    batch: Sequence[Task],
+    groups: Sequence[Group],
+    score_groups: Rewards,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[list[str]], list[list[Scored]]]:
     """The texts of all responses, without their end-of-turn token, and their scores."""
-    texts, scored = [], []
+    texts, asked = [], []
     for task, group in zip(batch, groups, strict=True):
         ids = [r if cut else r[:-1] for r, cut in zip(group.responses, group.truncated, strict=True)]
         # Special tokens stay: where a tokenizer calls the format's tags special, they must not vanish from the text.
@@ -199,5 +237,5 @@ def score(
         decoded = [policy.tokenizer.decode(r, skip_special_tokens=False, clean_up_tokenization_spaces=False) for r in ids]
         responses = [Response(t, len(r), cut) for t, r, cut in zip(decoded, group.responses, group.truncated, strict=True)]
         texts.append(decoded)
-        scored.append(score_group(responses, task.example))
-    return texts, scored
+        asked.append((responses, task.example))
+    return texts, score_groups(asked, progress)

@@ -43,13 +43,14 @@ class Run:
 class Model:
     path: str = ""
     """A Hugging Face folder or hub id of a Qwen2.5 or Llama 3 model with its tokenizer and chat template; or the folder of a
-    finished run, whose trained model is taken."""
+    finished run, whose trained model is taken. `org/name@revision` stays with that commit, or tag, of the hub."""
 
 
 @dataclass(frozen=True)
 class Data:
     path: str = ""
-    """Rows of tool calls: a JSONL, JSON or Parquet file, a folder of them, a hub id; or `demo`, tasks the program makes."""
+    """Rows of tool calls: a JSONL, JSON or Parquet file, a folder of them, a hub id (`org/name@revision` for one commit of it);
+    or `demo`, tasks the program makes."""
     template: str | None = None
     """A text file that replaces the built-in thinking template; `{tools}` in it stands for the tools, one a line."""
     validation_path: str | None = None
@@ -107,6 +108,13 @@ class Reward:
     `overlong_penalty`, evenly growing (DAPO), so that length is learned before it is cut. 0: off."""
     overlong_penalty: float = 1.0
     """What a response of full length loses. 1, as much as a right response earns, makes none worth being cut."""
+    workers: int = 1
+    """Processes that call a reward of your own, so that one that hangs or crashes does not end the run. More of them score
+    several groups at once; then it should keep no state from call to call. 0 calls it in this process, for a debugger, say, or
+    where it needs the accelerator. Built-in rewards need none."""
+    timeout: float = 60.0
+    """Seconds that a call of your own reward, which is one group, may take before its process is killed and the group scores 0.
+    Raise it for a reward that asks a server; 0 for no limit. Without `workers` nothing can end a call, and it is not read."""
 
 
 @dataclass(frozen=True)
@@ -305,6 +313,7 @@ Config = TypeVar("Config", TrainConfig, SftConfig)
 
 OPERATIONAL = (
     "run.dir", "run.steps", "run.epochs", "run.tensorboard", "rollout.decode_steps_per_call", "rollout.rows", "rollout.tensor",
+    "reward.workers", "reward.timeout",
     "learner.tokens_per_microbatch", "learner.remat", "learner.attention", "learner.offload",
     "mesh.", "hosts.", "checkpoint.", "validation.", "export.",
 )  # fmt: skip
@@ -315,6 +324,7 @@ _FROM_0 = (
     "rollout.top_k",
     "rollout.refills",
     "reward.overlong_margin",
+    "reward.workers",
     "hosts.index",
     "lora.rank",
     "validation.every",
@@ -535,7 +545,9 @@ def run_main(main: Callable[[], None]) -> None:
 
 def _leave(text: str, code: int) -> NoReturn:
     """Ends the process with a text on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    from grpo_jax.console import visible  # not above: it is long to import, and programs say wrong options before
+
+    print(visible(text, sys.stderr.encoding or "utf-8"), file=sys.stderr, flush=True)  # it may say what a file says
     if _among_hosts():
         os._exit(code)  # an orderly end would wait for the other hosts, and these for this one
     raise SystemExit(code) from None

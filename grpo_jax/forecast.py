@@ -125,7 +125,7 @@ def model_of(path: str) -> tuple[str, DecoderConfig]:
     """(name, network) of a local folder with a config.json, or of a known size by its hub name."""
     if (file := Path(path) / "config.json").is_file():
         return path, DecoderConfig.from_hf(json.loads(file.read_text()), str(file))
-    name = path.rsplit("/", 1)[-1].lower().removeprefix("meta-").removesuffix("-instruct")
+    name = path.partition("@")[0].rsplit("/", 1)[-1].lower().removeprefix("meta-").removesuffix("-instruct")
     if name not in decoder.SIZES:
         raise ValueError(
             f"--model.path {path!r}: no folder with a config.json, and not a size that is known: {', '.join(decoder.SIZES)}"

@@ -144,7 +144,7 @@ def _rows(path: Path) -> Iterator[tuple[bytes, dict]]:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 yield line, row

@@ -2,9 +2,11 @@
 
     text -> _has_think, _last_block -> _decode -> parse_calls -> judge -> Scored(value, reason, parts)
     resolve("binary" | ... | "package.module:function") -> (responses of one group, example) -> one Scored a response
+    each(reward) -> the groups of a batch, one after the other; `forgiving` of what a user's own reward does wrong
 
 The rules are those of Tool-N1 (arXiv 2505.00024, section 4.3, Table 4 and the released reward code). Nothing here
-raises on any text, and the work is linear in its length (sorting an object's keys adds a logarithm).
+raises on any text, and the work is linear in its length (sorting an object's keys adds a logarithm). A user's own
+reward is another matter: grpo_jax.workers calls it in processes of its own.
 
 Which text is read:
 - A tool-call block is what `<tool_call>(.*?)</tool_call>` finds (dot matches all, non-overlapping, left to right), and
@@ -30,15 +32,17 @@ forgives a missing think block (right calls without one pay 1.0 under `lexicogra
 
 import difflib
 import importlib
+import itertools
 import json
 import math
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from data.example import Example
+from data.example import Example, is_deeper
 
 KINDS = ("binary", "binary_no_reasoning", "format", "format_and_names", "lexicographic")
 
@@ -51,7 +55,12 @@ REASONS = (
     "wrong_arguments",  # the same functions, other arguments
 )
 CUSTOM = "custom"  # the reason of a bare number that a user's own reward returned
+# The reason of all responses of a group whose call of a user's own reward came to nothing; each of them scores 0.
+ERROR = "reward_error"  # it raised, or did not return a finite number (or a `Scored` with one) for each response
+TIMEOUT = "reward_timeout"  # it took longer than --reward.timeout; its process was ended
+CRASH = "reward_crash"  # its process ended by itself
 
+OPENING, CLOSING = "<tool_call>", "</tool_call>"
 MAX_DIGITS = 4300  # int() is quadratic; Python's own limit has this default, but can be switched off
 MAX_DEPTH = 500
 
@@ -72,9 +81,13 @@ class Scored:
     value: float  # what the advantage is computed from
     reason: str  # one of REASONS; a user's own reward may use others
     parts: dict[str, float]  # findings by name; those of `judge`: think, tool_call, parsed, names, match, each 0 or 1
+    trace: str = ""  # where the reason is ERROR, TIMEOUT or CRASH: what happened
 
 
-Reward = Callable[[Sequence[Response], "Example"], list[Scored]]
+Reward = Callable[[Sequence[Response], Example], list[Scored]]
+Asked = tuple[Sequence[Response], Example]  # one group, to be scored
+# The groups of a batch -> their scores, in order. The second is told now and then how many are done; what it raises ends it.
+Rewards = Callable[[Sequence[Asked], Callable[[int], None]], list[list[Scored]]]
 
 
 def parse_calls(response: str) -> list[dict] | None:
@@ -85,6 +98,22 @@ def parse_calls(response: str) -> list[dict] | None:
     """
     block = _last_block(_plain(response))
     return None if block is None else _calls(block)
+
+
+def last_block(text: str) -> tuple[int, int] | None:
+    """(begin, end) of what stands in the last match of `<tool_call>(.*?)</tool_call>`, without the tags; None without one.
+
+    In linear time, which that expression does not take: an opening tag without a closing one after it ends the search, since
+    none of the later opening tags has one either.
+    """
+    last, position = None, 0
+    while (start := text.find(OPENING, position)) >= 0:
+        start += len(OPENING)
+        end = text.find(CLOSING, start)
+        if end < 0:
+            break
+        last, position = (start, end), end + len(CLOSING)
+    return last
 
 
 def judge(response: str, answer: Sequence[dict], kind: str = "binary") -> Scored:
@@ -169,6 +198,46 @@ def checked(function: Callable[..., Any], label: str) -> Reward:
     return lambda responses, example: _checked(label, function(responses, example), len(responses))
 
 
+def each(score_group: Reward) -> Rewards:
+    """A reward of one group as one of many, in this process."""
+
+    def score(asked: Sequence[Asked], progress: Callable[[int], None]) -> list[list[Scored]]:
+        scored = []
+        for responses, example in asked:
+            progress(len(scored))
+            scored.append(score_group(responses, example))
+        return scored
+
+    return score
+
+
+def forgiving(score_group: Reward) -> Reward:
+    """A user's own reward, of which no error ends a run: the group scores 0, by `failed`, and no response of it is better
+    than another, so that nothing is learned from it."""
+
+    def score(responses: Sequence[Response], example: Example) -> list[Scored]:
+        try:
+            return score_group(responses, example)
+        except Exception as error:
+            return failed(ERROR, len(responses), trace_of(error))
+
+    return score
+
+
+def failed(reason: str, count: int, trace: str) -> list[Scored]:
+    """The scores of a group of `count` responses that a user's own reward gave none."""
+    return [Scored(0.0, reason, {}, trace)] * count
+
+
+def trace_of(error: BaseException) -> str:
+    """Where an error was raised, from the user's code on; of what is wrong with the result, the message alone."""
+    found = traceback.TracebackException.from_exception(error)
+    ours = str(Path(__file__).parent)
+    frames = list(itertools.dropwhile(lambda frame: frame.filename.startswith(ours), found.stack))
+    found.stack = traceback.StackSummary.from_list(frames)
+    return "".join(found.format()).strip() if frames else str(error)
+
+
 def _value(kind: str, think: bool, parsed: bool, names: bool, matched: bool) -> float:
     """What each kind pays (Table 4; `lexicographic` is in the released code only). All arguments but kind: findings."""
     match kind:
@@ -197,17 +266,9 @@ def _has_think(text: str) -> bool:
 
 
 def _last_block(text: str) -> str | None:
-    """The last match of `<tool_call>(.*?)</tool_call>`, in linear time: an opening tag without a closing one after it
-    ends the search, since none of the later opening tags has one either."""
-    opening, closing = "<tool_call>", "</tool_call>"
-    last, position = None, 0
-    while (start := text.find(opening, position)) >= 0:
-        start += len(opening)
-        end = text.find(closing, start)
-        if end < 0:
-            break
-        last, position = (start, end), end + len(closing)
-    return None if last is None else text[slice(*last)]
+    """What stands in the last match of `<tool_call>(.*?)</tool_call>`."""
+    place = last_block(text)
+    return None if place is None else text[slice(*place)]
 
 
 def _calls(block: str) -> list[dict] | None:
@@ -231,13 +292,7 @@ def _decode(text: str) -> Any:
         value = json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=_constant)
     except (ValueError, RecursionError):
         return None
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        containers = [node for node in level if isinstance(node, (dict, list))]
-        if not containers:
-            return value
-        level = [child for node in containers for child in (node.values() if isinstance(node, dict) else node)]
-    return None
+    return None if is_deeper(value, MAX_DEPTH) else value
 
 
 def _integer(digits: str) -> int:
@@ -293,9 +348,10 @@ def _checked(label: str, results: Any, count: int) -> list[Scored]:
     """What a user's reward returned for a group of `count` responses, as Scored, or a ValueError that begins with the label."""
     if not isinstance(results, Iterable):
         raise ValueError(f"{label} returned {results!r:.80}; return a list, one value for each response")
-    results = list(results)
+    results = list(itertools.islice(results, count + 1))  # it may be endless
     if len(results) != count:
-        raise ValueError(f"{label} returned {len(results)} values for {count} responses; return one for each")
+        returned = f"over {count}" if len(results) > count else f"{len(results)}"
+        raise ValueError(f"{label} returned {returned} values for {count} responses; return one for each")
     scored = []
     for index, result in enumerate(results):
         own = result if isinstance(result, Scored) else Scored(result, CUSTOM, {})
@@ -305,7 +361,9 @@ def _checked(label: str, results: Any, count: int) -> list[Scored]:
             value = math.nan
         if not math.isfinite(value):
             raise ValueError(f"{label} returned {result!r:.80} for response {index}; return finite numbers")
-        scored.append(replace(own, value=value))
+        if not isinstance(own.reason, str):
+            raise ValueError(f"{label} gives {own.reason!r:.80} as the reason of response {index}; give a text")
+        scored.append(replace(own, value=value, trace=""))
     return scored
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from data.command_line import plural
-from grpo_jax import benchmarks, checkpoint, config, console, hosts, inputs, learner, mesh, metrics, reward, rollout
+from grpo_jax import benchmarks, checkpoint, config, console, hosts, inputs, learner, mesh, metrics, reward, rollout, workers
 from grpo_jax.batch import Batch, draw, exchange, place
 from grpo_jax.benchmarks import Asked, Benchmark
 from grpo_jax.config import TrainConfig
@@ -36,7 +36,7 @@ from grpo_jax.group import Group
 from grpo_jax.inputs import Policy, Task, Tasks
 from grpo_jax.learner import Objective
 from grpo_jax.packing import Pack, Packed
-from grpo_jax.reward import Reward
+from grpo_jax.reward import Rewards
 from grpo_jax.rollout import Sampling
 from grpo_jax.run import (
     Clock,
@@ -60,7 +60,7 @@ from models.decoder import DecoderConfig
 def train(cfg: TrainConfig) -> None:
     """Runs, or resumes, the run of `cfg.run.dir`. Raises ValueError or FileNotFoundError for what a user can mend."""
     hosts.start(cfg.hosts)
-    score_group, found = hosts.together(lambda: check(cfg))
+    found = hosts.together(lambda: check(cfg))
     most = cfg.rollout.max_prompt_tokens
     ready = begin(
         cfg,
@@ -76,8 +76,9 @@ def train(cfg: TrainConfig) -> None:
     introduce(cfg, policy, tasks, asked, steps, ready.mesh)
     run = open_run(cfg, "grpo_jax.train", ready, objective_of(cfg, ready.mesh, policy.model), steps * minibatches(cfg))
     sampling = sampling_of(cfg.rollout, run)
-    with guarded(run), Progress(steps, run.step) as show:
-        validated = functools.partial(validate, run, tasks.validation, asked, sampling, score_group, show)
+    scoring = workers.opened(cfg.reward.kind, cfg.reward.workers, cfg.reward.timeout)
+    with guarded(run), Progress(steps, run.step) as show, scoring as score_groups:
+        validated = functools.partial(validate, run, tasks.validation, asked, sampling, score_groups, show)
         if "pending" in run.meta:  # it was stopped in the validation of its last step
             row = run.meta["pending"]
             end_step(run, show, row | validated(), row["step"] == steps)
@@ -85,7 +86,7 @@ def train(cfg: TrainConfig) -> None:
             report(run, show, {"step": 0, **validated()})
         for step in range(run.step + 1, steps + 1):
             clock = Clock()
-            sampled, batch = draw(run, tasks.train, sampling, score_group, show, clock, step)
+            sampled, batch = draw(run, tasks.train, sampling, score_groups, show, clock, step)
             packed = pack_minibatches(run, batch.groups)
             with clock.time("reference"):
                 minibatch_packs = add_reference(run, [one.packs for one in packed], show)
@@ -107,12 +108,13 @@ def train(cfg: TrainConfig) -> None:
     finish(run)
 
 
-def check(cfg: TrainConfig) -> tuple[Reward, list[Benchmark]]:
-    """Everything that can be refused before anything is read; returns the reward function and the benchmarks."""
+def check(cfg: TrainConfig) -> list[Benchmark]:
+    """Everything that can be refused before anything is read; returns the benchmarks."""
     inputs.require(cfg)
     check_options(cfg)
     checkpoint.compare(cfg, "grpo_jax.train")
-    return reward.resolve(cfg.reward.kind), benchmarks.read(cfg.validation.benchmarks)
+    reward.resolve(cfg.reward.kind)
+    return benchmarks.read(cfg.validation.benchmarks)
 
 
 def check_options(cfg: TrainConfig) -> None:
@@ -259,19 +261,19 @@ def learn(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -> dict[s
 
 
 def validate(
-    run: Run, tasks: Sequence[Task], asked: Sequence[Asked], sampling: Sampling, score_group: Reward, show: Progress
+    run: Run, tasks: Sequence[Task], asked: Sequence[Asked], sampling: Sampling, score_groups: Rewards, show: Progress
 ) -> dict[str, Any]:
     """Greedy responses to the held-out rows: the share with a reward of at least 1, and the reasons. To benchmarks, likewise:
     the share that their verdicts call right."""
     clock, greedy, row = Clock(), replace(sampling, temperature=0.0, group_size=1), {}
     right = lambda batch: sum(scored[0].value >= 1 for scored in batch.scored)  # noqa: E731
     if tasks:
-        batch = exchange(run, tasks, greedy, score_group, show, "validation", clock)
+        batch = exchange(run, tasks, greedy, score_groups, show, "validation", clock)
         row["val/accuracy"] = right(batch) / len(tasks)
         summary = metrics.summarize(batch.groups, batch.scored)
         row |= {f"val/{k}": v for k, v in summary.items() if k.startswith(("reason/", "response_tokens/mean"))}
     for one in asked:
-        batch = exchange(run, one.tasks, greedy, one.verdict, show, one.name, clock)
+        batch = exchange(run, one.tasks, greedy, reward.each(one.verdict), show, one.name, clock)
         row[f"val/{one.name}/accuracy"] = right(batch) / one.count
     return row | {"time/validation": sum(clock.seconds.values())} if row else {}
 

@@ -34,6 +34,7 @@ from models.attention import PromptCache, ResponseCache, RowSlots, wide
 nnx.use_eager_sharding(False)
 
 Params = dict[str, Any]
+MOST_LAYERS = 10_000  # of a config.json that is believed
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,15 @@ class DecoderConfig:
         Raises ValueError, naming `source` and the field, for an architecture or a variation this decoder does not have.
         """
         names = {"Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
-        declared = (raw.get("architectures") or [None])[0]
-        architecture = names.get(declared) or (raw.get("model_type") if declared is None else None)
+        declared = raw.get("architectures")
+        declared = declared[0] if isinstance(declared, list) and declared else declared or None
+        architecture = names.get(str(declared)) or (raw.get("model_type") if declared is None else None)
         if architecture not in names.values():
             raise ValueError(
                 f"{source}: architecture {declared or raw.get('model_type')!r} is not supported; known are {', '.join(names)}"
             )
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope = rope if isinstance(rope, dict) else {"rope_type": rope}
         kind = rope.get("rope_type", rope.get("type", "default"))
         unsupported = {
             "hidden_act": raw.get("hidden_act", "silu") != "silu",
@@ -107,7 +110,7 @@ class DecoderConfig:
                 )
             heads, d_model = int(raw["num_attention_heads"]), int(raw["hidden_size"])
             eos = raw.get("eos_token_id")
-            return cls(
+            config = cls(
                 architecture=architecture,
                 vocab=int(raw["vocab_size"]),
                 d_model=d_model,
@@ -122,10 +125,24 @@ class DecoderConfig:
                 tied=bool(raw.get("tie_word_embeddings", False)),
                 max_positions=int(raw.get("max_position_embeddings", 32768)),
                 bos_token_id=raw.get("bos_token_id"),
-                eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),),
+                eos_token_ids=() if eos is None else tuple(map(int, eos if isinstance(eos, (list, tuple)) else (eos,))),
             )
         except KeyError as missing:
             raise ValueError(f"{source}: field {missing} is missing") from None
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise ValueError(f"{source}: a field is no number ({' '.join(str(error).split()):.100})") from None
+        sizes = (
+            config.vocab,
+            config.d_model,
+            config.d_ff,
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
+            config.max_positions,
+        )
+        if not (0 < config.layers <= MOST_LAYERS and all(0 < size < 2**31 for size in sizes)):
+            raise ValueError(f"{source}: its sizes are those of no network ({config!s:.300})")
+        return config
 
     def to_hf(self, dtype: str) -> dict[str, Any]:
         """The config.json of this network, in the spelling that transformers 4.5x, 5.x and vLLM all read."""

@@ -113,7 +113,7 @@ def load_config(path: str | Path) -> DecoderConfig:
 
 
 def load(path: str | Path, *, shardings: Any = None, dtype: Any = None) -> tuple[DecoderConfig, Params]:
-    """Reads a model from a local folder or a hub id "org/name".
+    """Reads a model from a local folder or a hub id "org/name"; "org/name@revision" takes that commit, tag or branch.
 
     `shardings` is a tree of `jax.sharding.Sharding` like the parameters' (a single one, or None for the default device,
     stands for all); a process reads only the slices that its own devices hold. `dtype`: float32, bfloat16 or float16;
@@ -167,7 +167,10 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, tuple[Path, An
         where = _json(index).get("weight_map")
         if not isinstance(where, dict):
             raise ValueError(f"{index}: no weight_map of tensor to file; download or export the model again")
-        files, source = [folder / str(name) for name in sorted(set(where.values()))], index
+        names = sorted({str(name) for name in where.values()})
+        if strange := [name for name in names if Path(name).name != name or name in ("", "..")]:
+            raise ValueError(f"{index}: {strange[0]!r:.100} is no file of this folder; download or export the model again")
+        files, source = [folder / name for name in names], index
     tensors = {}
     for file in files:
         if not file.exists():
@@ -276,10 +279,12 @@ def save_adapter(path: str | Path, config: DecoderConfig, lora: Lora, adapters: 
 
 
 def _peft_config(lora: Lora, base: str) -> dict[str, Any]:
+    name, revision = (base, {}) if Path(base).expanduser().is_dir() else _named(base)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
+        **revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "target_modules": list(lora.targets),
@@ -293,7 +298,7 @@ def _peft_config(lora: Lora, base: str) -> dict[str, Any]:
 def _is_our_adapter(folder: Path) -> bool:
     """As `_is_ours`: PEFT's own files say more."""
     try:
-        return _json(folder / "adapter_config.json").keys() == _peft_config(Lora(1), "").keys()
+        return _json(folder / "adapter_config.json").keys() - {"revision"} == _peft_config(Lora(1), "").keys()
     except (ValueError, OSError):
         return False
 
@@ -394,18 +399,25 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _folder(path: str | Path, patterns: tuple[str, ...]) -> Path:
-    """A local folder, or the local copy of a hub id with the files that match `patterns`."""
+    """A local folder, or the local copy of a hub id, at its revision, with the files that match `patterns`."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)):
-        raise FileNotFoundError(f"{path}: no such folder, and not a hub id (org/name)")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@\w[\w./-]*)?", str(path)):
+        raise FileNotFoundError(f"{path}: no such folder, and not a hub id (org/name, or org/name@revision)")
+    name, revision = _named(str(path))
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(str(path), allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), **revision))
     except Exception as error:  # of the hub, of httpx, of the file system: all mean the same here
         raise FileNotFoundError(f"{path}: no such folder, and not to be had from the hub ({_line(error)})") from error
+
+
+def _named(hub_id: str) -> tuple[str, dict[str, str]]:
+    """("org/name", {"revision": ...}) of "org/name@revision"; {} where there is none."""
+    name, _, revision = hub_id.partition("@")
+    return name, {"revision": revision} if revision else {}
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -413,7 +425,7 @@ def _json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such file; a model's folder needs it") from None
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise ValueError(f"{file}: not JSON ({_line(error)})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: holds a JSON {type(value).__name__}, not an object")
@@ -427,7 +439,10 @@ def _write_json(file: Path, value: Any) -> None:
 def _generation_eos(folder: Path) -> list[int]:
     file = folder / "generation_config.json"
     eos = _json(file).get("eos_token_id") if file.exists() else None
-    return [] if eos is None else eos if isinstance(eos, list) else [eos]
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(isinstance(one, int) for one in ids):
+        raise ValueError(f"{file}: eos_token_id is {eos!r:.100}; give a number, or a list of numbers")
+    return ids
 
 
 def _unique(ids: Iterable[int]) -> tuple[int, ...]:

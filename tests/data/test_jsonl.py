@@ -288,6 +288,19 @@ def test_parquet_of_structs(tmp_path):
             load(path)
 
 
+def test_a_revision_of_the_hub_is_asked_for(monkeypatch):
+    datasets, asked = pytest.importorskip("datasets"), []
+
+    def load_dataset(name, split, revision=None):
+        asked.append((name, split, revision))
+        return datasets.Dataset.from_list([{**ROW, "tools": json.dumps([TOOL]), "answers": json.dumps([CALL])}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load("org/rows@v1.0").examples[0].source == "org/rows"
+    assert asked == [("org/rows", "train", "v1.0")]
+    assert jsonl.is_hub_id("org/rows@0123abc") and not jsonl.is_hub_id("org/rows@") and not jsonl.is_hub_id("rows@main")
+
+
 def test_hub_id_goes_through_datasets(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     rows = [{**row, "tools": json.dumps(row["tools"]), "answers": json.dumps(row["answers"])} for row in numbered(3)]

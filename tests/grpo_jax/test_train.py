@@ -427,7 +427,7 @@ def test_responses_are_judged_as_they_were_sampled(tiny_model):
     ids = np.array([*policy.tokenizer(text, add_special_tokens=False)["input_ids"], policy.end_tokens[0]], np.int32)
     group = Group(ids[:1], (ids, ids[:-1]), (np.zeros(len(ids)), np.zeros(len(ids) - 1)), (False, True))
     task = Task(make([], [], [{"name": "f", "arguments": {"a": "yes , no ?"}}], "test"), ids[:1])
-    texts, scored = batch.score(policy, [task], [group], reward.resolve("binary"))
+    texts, scored = batch.score(policy, [task], [group], reward.each(reward.resolve("binary")))
     assert texts == [[text, text]] and [s.value for s in scored[0]] == [1.0, 1.0]
 
 

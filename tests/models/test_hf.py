@@ -551,3 +551,26 @@ def test_an_unknown_dtype_or_place_is_named(folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, allow_patterns: str(folder))
     assert hf.load("some-org/some-model")[0] == hf.load(folder)[0]
     assert "*.safetensors" in asked[0]
+
+
+def test_a_revision_of_the_hub_is_asked_for(folder, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **more: asked.append((repo, more)) or str(folder))
+    assert hf.load_config("some-org/model-0.5b@refs/pr/3") == hf.load_config("some-org/model-0.5b")
+    assert [(repo, more.get("revision")) for repo, more in asked] == [
+        ("some-org/model-0.5b", "refs/pr/3"),
+        ("some-org/model-0.5b", None),
+    ]
+    for path in ("some-org/model@", "some-org/model@a@b", "@main", "some-org/model@../x"):
+        with pytest.raises(FileNotFoundError, match="no such folder, and not a hub id"):
+            hf.load_config(path)
+
+
+def test_an_adapter_names_the_revision_of_its_model_apart(tmp_path):
+    assert "revision" not in hf._peft_config(Lora(1), "org/name")
+    config = hf._peft_config(Lora(1), "org/name@1234abcd")
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/name", "1234abcd")
+    (tmp_path / "a@b").mkdir()
+    assert hf._peft_config(Lora(1), str(tmp_path / "a@b"))["base_model_name_or_path"] == str(tmp_path / "a@b")

@@ -1,0 +1,560 @@
+"""Hostile text by the million: through every reward, every reader of replies and every loader of rows.
+
+    python -m tests.faults.fuzz --responses 1000000 --rows 100000 --seed 0
+
+    response     (seed, number) -> a reply, broken with knowledge of its grammar: tags, JSON, escapes, nesting, runs, ...
+    row          (seed, number) -> a row of data, likewise: first as a value, then as bytes
+    READERS      what reads a reply: never raises
+    LOADERS      what reads a row: returns, drops it for a reason, or raises one line that a user can act on (`refused`)
+    campaign     cases through all of them -> what went wrong, and the longest call of each
+
+Case `number` of a seed is always the same: --first NUMBER --responses 1 is one case again. A call is timed by the processor
+time of its thread, so that a busy machine makes none slow. What goes wrong is printed with its number; the exit code is then 1.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.progress import track
+
+from data import augment, command_line, demo, jsonl, overlap, prompt, toolace
+from data.example import Example, is_deeper, make
+from eval import acebench, api_bank, bfcl, chat, completions, lines, record, replies
+from eval.benchmark import Item
+from grpo_jax import config, console, metrics, reward
+from models import hf
+
+SECONDS = 0.2  # that a call may take
+SHOWN = 20  # findings that are printed whole
+MEGABYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Args:
+    """Puts broken replies and rows to all that reads them; exit code 1 where something raises or is slow."""
+
+    responses: int = 20_000
+    """Replies, each through every reward and every reader of replies."""
+    rows: int = 2_000
+    """Rows, each through every loader."""
+    seed: int = 0
+    """Of all that is drawn."""
+    first: int = 0
+    """The number of the first case, to see one again."""
+    replies_of: tuple[Path, ...] = ()
+    """Files rollouts.jsonl of runs, whose responses are broken beside those that the program makes."""
+    rows_of: tuple[Path, ...] = ()
+    """Files of rows (JSONL, JSON, Parquet), likewise."""
+
+
+@dataclass
+class Report:
+    """What came of a campaign."""
+
+    cases: int = 0
+    characters: int = 0
+    longest: dict[str, float] = field(default_factory=dict)  # reader -> seconds of its slowest call
+    outcomes: Counter[str] = field(default_factory=Counter)
+    findings: list[str] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------- what is broken, and how
+
+CALLS = (
+    [{"name": "weather", "arguments": {"city": "Oslo"}}],
+    [{"name": "weather", "arguments": {"city": "Zürich \u2028 \U0001f600", "days": 3, "wind": True, "from": None}}],
+    [{"name": "book.table", "arguments": {"people": 4, "price": 3.5, "at": [{"or": "8"}]}}, {"name": "now", "arguments": {}}],
+    [],
+    [{"name": "a", "arguments": {}}] * 3,
+)  # fmt: skip
+STRINGS = (
+    "", " ", "x", "Oslo", "NaN", "</tool_call>", "<tool_call>", "<think>", "</think>", "<|im_end|>", "<|im_start|>assistant\n",
+    "\0", "\x1b[2J", "\ud800", "\udc00\ud800", "\u202e", "\ufeff", "\u2028", "é", "e\u0301", "٣", "１２", "𝟙", "\\", '"', "'",
+    "{tools}", "{0.__class__}", "%s%n", "{{7*7}}", "{% raw %}", "$(reboot)", "`reboot`", "; reboot", "../../etc/passwd",
+    "<script>alert(1)</script>", "__import__('os').system('reboot')", "1e999", "9" * 4301, "a" * 5000,
+)  # fmt: skip
+PIECES = (
+    *STRINGS, "<tool_call", "tool_call>", "<TOOL_CALL>", "<tool_call></tool_call>", "{", "}", "[", "]", "[]", "{}", ",", ":",
+    "\n", "\t", '{"name": "', '"arguments": {', '"name": "f", ', "null", "true", "Infinity", "-Infinity", "-0", "0.1e-999",
+    "1E400", "01", "+1", "1_000", "0x10", "\\ud83d", "\\ud83d\\ude00", "\\u0000", "\\u003c/tool_call>", "\\x41", "\\u12", '\\"',
+    '"""', "```json", "#", "//", "=", "(", ")", "[f(a=1)]", "f(", "True", "None", "-", "\r\n", "\xa0", "\x85",
+)  # fmt: skip
+KEYS = (
+    "name", "arguments", "role", "content", "function", "parameters", "properties", "required", "type", "id", "calls", "\ud800",
+)  # fmt: skip
+NUMBERS = (0, -1, 1.0, 10**4300, -(10**400), 5e-324, math.inf, -math.inf, math.nan, True, False, None)
+DEPTHS = (2, 10, 63, 65, 99, 101, 199, 201, 499, 501, 900)
+BRACKETS = ("[]", '{"a":}', "()", "{}")
+
+
+def response(rng: random.Random, texts: Sequence[str] = ()) -> tuple[str, list[dict[str, Any]]]:
+    """(a reply, the right calls): half of them broken from right ones as values, the others as text; most then as text, too."""
+    answer = rng.choice(CALLS)
+    if texts and rng.random() < 0.5:
+        text = rng.choice(texts)
+    else:
+        calls: Any = copy.deepcopy(answer)
+        for _ in range(rng.choice((0, 1, 1, 2, 3))):
+            calls = broken_value(calls, rng)
+        text = f"<think>{rng.choice(STRINGS)}</think>\n<tool_call>{written(calls, rng)}</tool_call>"
+    for _ in range(rng.choice((0, 1, 1, 2, 4, 8))):
+        text = broken_text(text, rng)
+    return text[:MEGABYTE], answer
+
+
+def row(rng: random.Random, rows: Sequence[Any] = ()) -> bytes:
+    """A row as it stands in a file, without a line's end inside unless that was broken, too."""
+    value: Any = copy.deepcopy(rng.choice((*_rows(), *rows)))
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 3, 5))):
+        value = broken_value(value, rng)
+    text = written(value, rng)
+    for _ in range(rng.choice((0, 0, 0, 0, 0, 0, 1, 2))):
+        text = broken_text(text, rng)
+    content = bytearray(text[:MEGABYTE].encode(errors=rng.choice(("surrogatepass", "backslashreplace"))))
+    for _ in range(rng.choice((0, 0, 0, 0, 0, 0, 0, 1, 3))):
+        if content:
+            content[rng.randrange(len(content))] = rng.choice((0, 0x0A, 0x80, 0xFF, 0xC0, 0xED, rng.randrange(256)))
+    return bytes(content)
+
+
+@cache
+def _rows() -> tuple[Any, ...]:
+    """Right rows of all kinds that some loader takes."""
+    tool = {"name": "weather", "description": "Weather.", "parameters": {"city": {"type": "string"}}}
+    schema = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
+    other = {"name": "Book table (v2)", "description": "", "parameters": schema}
+    call, asked = {"name": "weather", "arguments": {"city": "Oslo"}}, {"role": "user", "content": "How warm is Oslo?"}
+    turns = [
+        {"role": "system", "content": "Be brief."}, asked, {"role": "gpt", "content": "", "tool_calls": [{"function": call}]},
+        {"role": "tool", "name": "weather", "content": {"celsius": 4}}, {"role": "human", "content": "And tomorrow?"},
+    ]  # fmt: skip
+    head = "The current time is 2024. Here is a list of functions in JSON format that you can invoke:\n"
+    said = [("user", "Oslo?"), ("assistant", "[weather(city='Oslo')]"), ("tool", "4"), ("user", "And a table?"),
+            ("assistant", '[Book table (v2)(city="Oslo", days=-2, x=[1, (2, "3")], y={"k": None}), weather(city="\\u00e9")]'),
+            ("assistant", "Four degrees.")]  # fmt: skip
+    conversation = [{"from": who, "value": text} for who, text in said]
+    made = [jsonl.row_of(example) for example in demo.tasks(4, seed=1, held_out=False)]
+    return (
+        {"query": "How warm?", "tools": [tool], "answers": [call], "id": 3, "source": "mine", "reasoning": "why"},
+        {"query": "How warm?", "tools": json.dumps([tool, other]), "answers": json.dumps([call, call])},
+        {"messages": turns, "tools": [{"type": "function", "function": tool}, other], "answers": [{"function": call}]},
+        {"query": "How warm?", "tools": [tool], "answers": [], "no_call": True},
+        {"system": head + json.dumps([tool, other]) + ". Put it so.", "conversations": conversation},
+        {"id": "item-1", "output": "<think></think><tool_call>[]</tool_call>", "token_count": 3, "truncated": False},
+        tool,
+        [tool, other],
+        {"step": 1, "reward/mean": 0.5, "reason/correct": 0.5},
+        {"question": [[asked]], "history": "user: Oslo?\nsystem: When?", "input": "User: Oslo?\nAI: Yes."},
+        {"choices": [{"message": {"content": "[]", "reasoning": "so"}, "finish_reason": "stop"}], "usage": {"total": 3}},
+        json.loads((config.DEMO_MODEL / "config.json").read_text()),
+        *made,
+    )
+
+
+def broken_value(value: Any, rng: random.Random) -> Any:
+    """The value with one thing wrong in it: another type, a strange number or text, a key less or more, a list around, ..."""
+    places = _places(value)
+    if not places:
+        return _odd(rng)
+    held, key = rng.choice(places)
+    match rng.randrange(8):
+        case 0 | 1 | 2:
+            held[key] = _odd(rng)
+        case 3:
+            del held[key]
+        case 4:
+            held[key] = rng.choice(([held[key]], {rng.choice(KEYS): held[key]}, _as_text(held[key])))
+        case 5 if isinstance(held, dict):
+            held[rng.choice(KEYS)] = held.pop(key)
+        case 6 if isinstance(held, list):
+            held *= rng.choice((0, 2, 7))
+        case _:
+            other, there = rng.choice(places)
+            held[key] = _odd(rng) if is_deeper(other[there], 60) else copy.deepcopy(other[there])  # deepcopy recurses
+    return value
+
+
+def _places(value: Any) -> list[tuple[Any, Any]]:
+    """Every (list or object, key) inside it, from the outside in; not of what is nested very deep, or repeated very often."""
+    found, level = [], [value] if isinstance(value, (list, dict)) else []
+    while level and len(found) < 300:
+        inside = [(held, key) for held in level for key in _keys(held)]
+        found += inside
+        level = [held[key] for held, key in inside if isinstance(held[key], (list, dict))]
+    return found
+
+
+def _keys(held: Any) -> Sequence[Any]:
+    return range(len(held)) if isinstance(held, list) else list(held)
+
+
+def _as_text(value: Any) -> Any:
+    try:
+        return json.dumps(value)
+    except (RecursionError, ValueError):
+        return value
+
+
+def _odd(rng: random.Random) -> Any:
+    match rng.randrange(6):
+        case 0:
+            return rng.choice(NUMBERS)
+        case 1 | 2:
+            return rng.choice(STRINGS)
+        case 3:
+            deep: Any = rng.choice((None, "x", [], {}))
+            for _ in range(rng.choice(DEPTHS)):
+                deep = [deep] if rng.random() < 0.5 else {"a": deep}
+            return deep
+        case 4:
+            return {rng.choice(KEYS): rng.choice(STRINGS) for _ in range(rng.randrange(1, 6))}
+        case _:
+            return rng.choice(([], {}, ["x"] * 30, [[1]], {"a": {"a": []}}, copy.deepcopy(rng.choice(CALLS)), "x" * 7))
+
+
+def written(value: Any, rng: random.Random) -> str:
+    """As JSON, in one of many ways; once in a while as Python."""
+    try:
+        if rng.random() < 0.03:
+            return repr(value)
+        style = rng.choice(({}, {"separators": (",", ":")})) if rng.random() < 0.95 else {"indent": 1}
+        text = json.dumps(value, ensure_ascii=rng.random() < 0.5, **style)
+        return json.dumps(text) if rng.random() < 0.05 else text
+    except (RecursionError, ValueError):  # a number too long to be written
+        return "[" * 500
+
+
+def broken_text(text: str, rng: random.Random) -> str:
+    """The text with one thing wrong: a piece put in, cut out, doubled or moved; at times a long run, or deep nesting."""
+    at, end = sorted((rng.randrange(len(text) + 1), rng.randrange(len(text) + 1)))
+    match rng.randrange(12):
+        case 0 | 1 | 2 | 3:
+            return text[:at] + rng.choice(PIECES) + text[at:]
+        case 4:
+            return text[:at] + text[end:]
+        case 5:
+            return text[:end]
+        case 6:
+            return text[:end] + text[at:end] * rng.choice((1, 1, 2, 20)) + text[end:]
+        case 7:
+            return text[end:] + text[at:end] + text[:at]
+        case 8:
+            return text[:at] + chr(rng.randrange(rng.choice((128, 0x3000, 0x110000)))) + text[at + 1 :]
+        case 9:
+            found = list(re.finditer(r'"[^"]{0,20}"|[\w.]+', text[at : at + 200]))
+            spot = rng.choice(found) if found else None
+            return text if spot is None else text[: at + spot.start()] + rng.choice(PIECES) + text[at + spot.end() :]
+        case 10:
+            piece = rng.choice(PIECES) or "["
+            longest = MEGABYTE if rng.random() < 0.02 else 2000
+            return text[:at] + piece * (int(longest ** rng.random()) // len(piece) + 1) + text[at:]
+        case _:
+            around, deep = rng.choice(BRACKETS), rng.choice((*DEPTHS, 20_000 if rng.random() < 0.02 else 40))
+            return text[:at] + around[:-1] * deep + text[at:end] + around[-1] * rng.choice((deep, deep, 0)) + text[end:]
+
+
+# ---------------------------------------------------------------- what reads a reply
+
+Reader = Callable[[str, list[dict[str, Any]]], Any]
+
+
+def _judged(kind: str) -> Reader:
+    def read(text: str, answer: list[dict[str, Any]]) -> str:
+        scored = reward.judge(text, answer, kind)
+        assert math.isfinite(scored.value) and isinstance(scored.value, float), scored
+        assert scored.reason in reward.REASONS, scored
+        return scored.reason
+
+    return read
+
+
+def _parsed(text: str, answer: list[dict[str, Any]]) -> None:
+    """What was read is written and read again as the same."""
+    calls = reward.parse_calls(text)
+    if calls is not None:
+        assert reward.parse_calls(prompt.reply(calls, text[:1000])) == calls
+        assert reward.score(prompt.reply(calls, ""), calls) == 1
+
+
+def _bfcl(text: str, answer: list[dict[str, Any]]) -> None:
+    for block in ("first", "last"):
+        calls = bfcl.calls_of(text, block)
+        assert calls is None or isinstance(record._plain(calls), list | None)
+
+
+def _verdict(module: Any, given: Callable[[list[dict[str, Any]]], list[Item]]) -> Reader:
+    def read(text: str, answer: list[dict[str, Any]]) -> None:
+        for item in given(answer):
+            scored = module.verdict(text, item)
+            assert scored.value in (0.0, 1.0) and set(scored.parts.values()) <= {0.0, 1.0}, scored
+
+    return read
+
+
+def _item(**given: Any) -> Item:
+    return Item("item", "category", make([{"role": "user", "content": "?"}], [], [], "fuzz"), given)
+
+
+def _api_bank(answer: list[dict[str, Any]]) -> list[Item]:
+    texts = [{**call, "arguments": {key: str(value) for key, value in call["arguments"].items()}} for call in answer[:1]]
+    return [_item(answer=call) for call in texts]
+
+
+def _acebench(answer: list[dict[str, Any]]) -> list[Item]:
+    kinds = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
+    tools = []
+    for call in answer:
+        properties = {key: {"type": kinds.get(type(value), "string")} for key, value in call["arguments"].items()}
+        schema = {"type": "object", "properties": properties, "required": list(properties)[:1]}
+        tools.append({"name": call["name"], "description": "", "parameters": schema if properties else {}})
+    return [_item(tools=tools, answers=[{call["name"]: call["arguments"] for call in answer}])] if answer else []
+
+
+def _kept(text: str, answer: list[dict[str, Any]]) -> None:
+    """The text in the files of a run and of an evaluation."""
+    row = {"step": 1, "responses": [{"text": text, "value": math.nan}]}
+    line = json.dumps(metrics.plain(row), allow_nan=False).encode("ascii")
+    assert json.loads(line)["responses"][0]["text"] == _joined(text)
+    assert json.loads(lines.encoded({"id": "item", "output": text}))["output"] == _joined(text)
+
+
+def _joined(text: str) -> str:
+    """Two halves of a surrogate pair side by side, as JSON reads them: one character."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass") if _HALF.search(text) else text
+
+
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+def _seen(text: str, answer: list[dict[str, Any]]) -> None:
+    """The text on a terminal, and as a turn of a conversation."""
+    thought, _, rest = chat.parts(text)
+    chat.problem(text)
+    for part in (thought[:2000], rest[:2000]):
+        shown = console.visible(part, "utf-8")
+        shown.encode()
+        assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]", shown)
+
+
+READERS: dict[str, Reader] = {
+    **{kind: _judged(kind) for kind in reward.KINDS},
+    "parse_calls": _parsed,
+    "bfcl": _bfcl,
+    "api_bank": _verdict(api_bank, _api_bank),
+    "acebench": _verdict(acebench, _acebench),
+    "files": _kept,
+    "terminal": _seen,
+}
+
+
+# ---------------------------------------------------------------- what reads a row
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where files are written for those loaders that read files."""
+
+    folder: Path
+    tokenizer: Any
+
+    def file(self, name: str, content: bytes) -> Path:
+        path = self.folder / name
+        path.write_bytes(content)
+        return path
+
+
+Loader = Callable[[bytes, Place], Any]
+GOOD = b'{"query": "Oslo?", "tools": [{"name": "f"}], "answers": [{"name": "f", "arguments": {}}]}'
+
+
+def _outcome(outcome: Example | str, place: Place) -> str:
+    """A row that is used goes the whole way that a run takes with it."""
+    if isinstance(outcome, str):
+        return f"dropped: {outcome}"
+    again = jsonl.example_of(json.loads(json.dumps(jsonl.row_of(outcome))), "other")
+    assert again == outcome, (again, outcome)
+    assert reward.score(prompt.target(make(outcome.messages, outcome.tools, outcome.answer, "")), outcome.answer) == 1
+    prompt.target(outcome)
+    assert prompt.messages(outcome)[0]["role"] == "system"
+    assert prompt.encode(outcome, place.tokenizer)
+    augment.irrelevant(outcome)
+    masked = augment.masked(outcome, random.Random(0))
+    assert {call["name"] for call in masked.answer} <= {tool["name"] for tool in masked.tools}
+    return "used"
+
+
+def _row(content: bytes, place: Place) -> str:
+    value = jsonl._parse_json(content, Path("fuzz"), 1, "mend it")
+    return _outcome(jsonl.example_of(value, "fuzz", keep_no_call=len(content) % 2 == 0), place)
+
+
+def _toolace(content: bytes, place: Place) -> str:
+    value = jsonl._parse_json(content, Path("fuzz"), 1, "mend it")
+    outcomes = [_outcome(one, place) for one in toolace.examples_of(value, "fuzz", keep_no_call=len(content) % 2 == 0)]
+    return ", ".join(sorted(set(outcomes)))
+
+
+def _jsonl(content: bytes, place: Place) -> None:
+    assert jsonl.load(place.file("rows.jsonl", GOOD + b"\n" + content)).examples
+
+
+def _json(content: bytes, place: Place) -> None:
+    assert jsonl.load(place.file("rows.json", b"[" + GOOD + b",\n" + content + b"]")).examples
+
+
+def _parquet(content: bytes, place: Place) -> str | None:
+    """Of a row in eight; not every value can be a column."""
+    if len(content) % 8 or len(content) > 20_000:
+        return None
+    value, path = jsonl._parse_json(content, Path("fuzz"), 1, "mend it"), place.folder / "rows.parquet"
+    if not isinstance(value, dict):
+        return None
+    try:
+        texts = {key: part if isinstance(part, str) or len(content) % 16 else json.dumps(part) for key, part in value.items()}
+        pq.write_table(pa.Table.from_pylist([texts]), path)
+    except Exception:  # pyarrow's, of what Parquet has no column for
+        return None
+    if len(content) % 3 == 0:
+        damaged = bytearray(path.read_bytes())
+        damaged[len(content) % len(damaged)] ^= 0x55
+        path.write_bytes(damaged)
+    return f"parquet of {len(jsonl.load(path, keep_no_call=True).examples)}"
+
+
+def _example_overlap(content: bytes, place: Place) -> None:
+    overlap.read([str(place.file("benchmark.json", content))])
+
+
+def _config(content: bytes, place: Place) -> None:
+    place.file("config.json", content)
+    hf.load_config(place.folder)
+
+
+def _reply_of_server(content: bytes, place: Place) -> str:
+    return type(completions.read_reply(200, {}, content)).__name__
+
+
+LOADERS: dict[str, Loader] = {
+    "row": _row,
+    "toolace": _toolace,
+    "jsonl": _jsonl,
+    "json": _json,
+    "parquet": _parquet,
+    "replies": lambda content, place: replies.read(place.file("replies.jsonl", content)),
+    "tools": lambda content, place: chat.read_tools(place.file("tools.json", content)),
+    "metrics": lambda content, place: metrics.read(place.file("metrics.jsonl", content + b"\n")),
+    "benchmarks": _example_overlap,
+    "config": _config,
+    "server": _reply_of_server,
+}
+
+
+def refused(error: Exception) -> bool:
+    """Whether it is one line that a user can act on: what `config.run_main` and data.build make an exit code 2 of."""
+    ours = isinstance(error, OSError) or (isinstance(error, ValueError) and config._is_ours(error))
+    return ours and bool(str(error)) and "\n" not in str(error) and len(str(error)) < 2000
+
+
+# ---------------------------------------------------------------- the campaign
+
+
+def campaign(cases: Sequence[int], seed: int, kind: str, corpus: Sequence[Any] = (), seconds: float = SECONDS) -> Report:
+    """The cases of these numbers through all READERS (kind "responses") or LOADERS ("rows")."""
+    report = Report()
+    tokenizer = hf.load_tokenizer(config.DEMO_MODEL) if kind == "rows" else None
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        place = Place(Path(folder), tokenizer)
+        if kind == "rows":
+            put(Report(), "", (GOOD + b" " * (-len(GOOD) % 8), place), kind, seconds)  # the first call of all imports much
+        for number in cases:
+            rng = random.Random((seed << 32) + number)
+            case = response(rng, corpus) if kind == "responses" else (row(rng, corpus), place)
+            put(report, f"{kind} {number}", case, kind, seconds)
+    return report
+
+
+def put(report: Report, label: str, case: tuple[Any, Any], kind: str, seconds: float) -> None:
+    """One case through all that reads it."""
+    table, may_raise = (READERS, ()) if kind == "responses" else (LOADERS, (ValueError, OSError))
+    report.cases += 1
+    report.characters += len(case[0])
+    for name, read in table.items():
+        began = time.thread_time()
+        try:
+            outcome = read(*case)
+        except Exception as error:
+            outcome = "refused" if isinstance(error, may_raise) and refused(error) else "raised"
+            if outcome == "raised":
+                report.findings.append(f"{label}, {name}: {''.join(traceback.format_exception(error)[-6:])[-2000:]}")
+        took = time.thread_time() - began
+        if took > seconds:
+            report.findings.append(f"{label}, {name}: {took:.3f} s")
+        report.longest[name] = max(took, report.longest.get(name, 0.0))
+        if isinstance(outcome, str):
+            report.outcomes[f"{name}: {outcome}"] += 1
+
+
+def megabytes(seconds: float = SECONDS) -> Report:
+    """A megabyte of every piece, alone, as a block, as an argument and behind right calls, through all READERS."""
+    report = Report()
+    for piece in filter(None, PIECES):
+        run = piece * (MEGABYTE // len(piece))
+        block = f"<think></think><tool_call>{run}</tool_call>"
+        argument = f'<tool_call>[{{"name": "f", "arguments": {{"a": "{run}"}}}}]</tool_call>'
+        for text in (run, block, argument, prompt.reply(CALLS[0], "") + run):
+            put(report, f"{len(text):,} characters of {piece[:20]!r}", (text, CALLS[0]), "responses", seconds)
+    return report
+
+
+def _show(title: str, report: Report, seconds: float) -> None:
+    cells = {"cases": f"{report.cases:,}", "characters": f"{report.characters:,}", "time": f"{seconds:,.0f} s"}
+    cells["findings"] = f"{len(report.findings):,}"
+    slowest = [(f"longest, {name}", f"{1000 * took:.1f} ms") for name, took in sorted(report.longest.items())]
+    console.header(title, [*cells.items(), *slowest, *((name, f"{n:,}") for name, n in report.outcomes.most_common(40))])
+    for finding in report.findings[:SHOWN]:
+        console.warn(console.visible(finding))
+
+
+def _texts(files: Sequence[Path]) -> list[str]:
+    return [said["text"] for file in files for step in metrics.read(file) for said in step["responses"]]
+
+
+def main() -> None:
+    args = command_line.read(Args, "python -m tests.faults.fuzz", sys.argv[1:])
+    corpora = {"responses": _texts(args.replies_of), "rows": [row for file in args.rows_of for row, _ in jsonl.rows(file)]}
+    wrong = 0
+    if args.responses and not args.first:
+        began = time.monotonic()
+        report = megabytes()
+        _show("a megabyte of each piece", report, time.monotonic() - began)
+        wrong += len(report.findings)
+    for kind, count in (("responses", args.responses), ("rows", args.rows)):
+        if count:
+            began, quiet = time.monotonic(), not console.CONSOLE.is_terminal
+            cases = track(range(args.first, args.first + count), kind, console=console.CONSOLE, transient=True, disable=quiet)
+            report = campaign(cases, args.seed, kind, corpora[kind])
+            _show(f"{kind}, seed {args.seed}, from case {args.first:,}", report, time.monotonic() - began)
+            wrong += len(report.findings)
+    raise SystemExit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    config.run_main(main)
