@@ -2,6 +2,7 @@
 
 const CURVE_HEIGHT = 190;
 const FONT = "11px system-ui, sans-serif";
+const STROKES = ["solid", "dashed", "dotted", "double"]; // as the legend draws DASHES
 const AREAS = [2, 6, 4, 5, 3, 1, 0, 7]; // colours, in the order of a panel's areas
 const DASHES = [[], [7, 4], [2, 3], [10, 3, 2, 3]];
 
@@ -64,7 +65,7 @@ class Curves {
   }
 
   chart(place, panel, runs, title) {
-    const box = make("div", "plot");
+    const box = make("div", panel.kind === "stack" ? "areas" : "lines");
     const figure = make("figure", panel.wide ? "panel wide" : "panel", make("figcaption", "", title), box);
     figure.tabIndex = 0;
     figure.dataset.panel = title;
@@ -80,7 +81,7 @@ class Curves {
     const plot = new uPlot({
       width: this.widthOf(figure),
       height: CURVE_HEIGHT,
-      legend: { live: true },
+      legend: { live: true, markers: { dash: (u, i) => STROKES[DASHES.indexOf(u.series[i].pattern)] ?? "solid" } },
       cursor: { y: false, sync: { key: "steps", scales: ["x", null] }, points: { size: 6 }, drag: { x: true, y: false, setScale: false } },
       scales: {
         x: { time: false, range: (u, min, max) => [curves.zoom?.[0] ?? 0, curves.zoom?.[1] ?? curves.last] },
@@ -123,6 +124,7 @@ class Curves {
       const name = [many ? run.name : "", one.label].filter(Boolean).join(", ") || "value";
       const line = many ? i : s;
       const look = { stroke: () => colour(`--c${line % 8}`), dash: DASHES[(many && panel.series.length > 1 ? s : line) % 4], spanGaps: true };
+      look.pattern = look.dash; // uPlot changes its own
       const share = panel.unit === "share";
       told.push(`${name}: ${short(known[0], share)} first, ${short(known[known.length - 1], share)} last`);
       const latest = known[known.length - 1];

@@ -93,7 +93,7 @@ function readout(step, byKey) {
   place.setAttribute("aria-live", byKey ? "polite" : "off");
   if (step === null) return place.replaceChildren();
   const values = byKey ? curves.charts.find(({ figure }) => figure === document.activeElement)?.plot : null;
-  const told = values ? [...values.root.querySelectorAll(".u-legend .u-series:not(.raw)")].slice(1).map((row) => row.textContent).join(", ") : "";
+  const told = values ? [...values.root.querySelectorAll(".u-legend .u-series:not(.raw)")].slice(1).map((row) => `${row.querySelector(".u-label").textContent} ${row.querySelector(".u-value").textContent}`).join(", ") : "";
   const some = manifest.runs.some((run) => run.groups);
   place.replaceChildren(`step ${step}${told ? `: ${told}` : ""}${some ? " · click, or Enter, for its rollouts" : ""}`);
 }

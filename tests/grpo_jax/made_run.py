@@ -11,7 +11,7 @@ from typing import Any
 from grpo_jax.metrics import Log
 from grpo_jax.reward import REASONS, judge
 
-WORDS = "amber basil cedar delta ember fjord grove haven inlet jetty kelp larch maple north opal pearl quartz river slate tide".split()
+WORDS = ("amber", "basil", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jetty", "larch", "quartz", "river")
 TOOLS = [
     {
         "name": f"{verb}_{noun}",
