@@ -161,11 +161,11 @@ class Reading:
         self._metrics, self._rollouts = Tail(folder / "metrics.jsonl"), Tail(folder / "rollouts.jsonl")
         self.rows: list[dict] = []
         self.groups = Groups()
+        self._seen: tuple | None = None  # what the last update found
         self.begun = 0  # how often the groups were read from the file's beginning again
 
     def update(self) -> bool:
         """Reads what is new; whether anything is. Raises ValueError for a file that is damaged elsewhere than at its end."""
-        before = self._known()
         anew = [tail.begun_anew() for tail in (self._metrics, self._rollouts)]
         if anew[0]:
             self.rows = []
@@ -177,10 +177,10 @@ class Reading:
         per_step = max(1, self._most_groups // max(1, self.steps or 0, self.rows[-1]["step"] if self.rows else 0))
         for number, line in self._rollouts.lines():
             self.groups.add(number, self._rollouts.path, line, per_step)
-        return any(anew) or before != self._known()
-
-    def _known(self) -> tuple:
-        return len(self.rows), self.count, self.groups.left_out, self.torn, self.config, self.finished
+        before, self._seen = self._seen, (
+            len(self.rows), self.count, self.groups.left_out, self.torn, self.config, self.finished
+        )  # fmt: skip
+        return any(anew) or before != self._seen
 
     @property
     def count(self) -> int:
@@ -235,15 +235,15 @@ def _without_tools(turns: list[tuple[str, str]]) -> tuple[list[tuple[str, str]],
 
 
 def _tool(line: str) -> str | None:
-    """The name of the tool that a line describes in JSON, as the prompt lists them; None for any other line."""
-    if not line.startswith("{"):
+    """The name of the tool that a line describes as data.prompt writes it; None for any other line."""
+    if not line.startswith('{"type": "function"'):
         return None
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    named = isinstance(value, dict) and isinstance(value.get("name"), str) and value.keys() & {"description", "parameters"}
-    return value["name"] if named else None
+    name = value["function"].get("name") if isinstance(value.get("function"), dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _bits(entries: list[dict] | None) -> int:

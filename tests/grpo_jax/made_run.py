@@ -63,7 +63,11 @@ def task(chance: random.Random, number: int) -> dict[str, Any]:
     """A prompt in Qwen2.5's form, with tools one a line, and its right call."""
     tools = chance.sample(TOOLS, 4)
     arguments = {"place": f"{chance.choice(WORDS)} {number}", "count": chance.randrange(9), "exact": chance.random() < 0.5}
-    system = "Think in <think>, call in <tool_call>.\n<tools>\n" + "\n".join(map(json.dumps, tools)) + "\n</tools>"
+    system = (
+        "Think in <think>, call in <tool_call>.\n<tools>\n"
+        + "\n".join(json.dumps({"type": "function", "function": tool}) for tool in tools)
+        + "\n</tools>"
+    )
     request = f"Please {tools[0]['name'].replace('_', ' the ')} at {arguments['place']} for {arguments['count']}."
     prompt = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{request}<|im_end|>\n<|im_start|>assistant\n"
     return {"id": f"{number:016x}", "prompt": prompt, "answer": [{"name": tools[0]["name"], "arguments": arguments}]}

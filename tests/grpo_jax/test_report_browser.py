@@ -367,7 +367,7 @@ def hostile(tmp_path_factory) -> Path:
         {"text": text, "token_count": 1, "truncated": False, "value": 0.0, "reason": HOSTILE["a script"], "advantage": None}
         for text in said
     ]
-    tool = json.dumps({"name": HOSTILE["an image"], "description": every})
+    tool = json.dumps({"type": "function", "function": {"name": HOSTILE["an image"], "description": every}})
     prompt = f"<|im_start|>system\n{tool}\n<|im_end|>\n<|im_start|>user\n{every}<|im_end|>\n"
     log = Log.open(folder, 1, tensorboard=False)
     log.rollouts(
