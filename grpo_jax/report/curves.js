@@ -1,6 +1,7 @@
 // The curves: a panel for each of the manifest's, drawn by uPlot, one cursor through all.
 
 const CURVE_HEIGHT = 190;
+const PRINTED = 330; // pixels of a curve on paper, where two stand side by side
 const FONT = "11px system-ui, sans-serif";
 const STROKES = ["solid", "dashed", "dotted", "double"]; // as the legend draws DASHES
 const AREAS = [2, 6, 4, 5, 3, 1, 0, 7]; // colours, in the order of a panel's areas
@@ -183,7 +184,14 @@ class Curves {
   }
 
   widthOf(figure) {
-    return Math.max(200, figure.clientWidth - 16);
+    return this.printed ? PRINTED : Math.max(200, figure.clientWidth - 16);
+  }
+
+  // As wide as on paper, or on the screen again.
+  print(on) {
+    this.printed = on;
+    this.resize();
+    this.charts.forEach(({ plot }) => plot.redraw(false));
   }
 
   resize() {

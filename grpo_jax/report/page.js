@@ -184,15 +184,14 @@ function keys(event) {
   if (act) { event.preventDefault(); act(); }
 }
 
-const redraw = () => curves.charts.forEach(({ plot }) => plot.redraw(false));
 byId("smoothing").addEventListener("input", (event) => { curves.smoothing = Number(event.target.value); drawCurves(); });
 byId("log").addEventListener("change", (event) => { curves.log = event.target.checked; drawCurves(); });
 byId("unzoom").addEventListener("click", () => curves.show(null));
 byId("only-differing").addEventListener("change", tables);
 byId("curve-settings").addEventListener("submit", (event) => event.preventDefault());
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-addEventListener("beforeprint", () => { document.documentElement.classList.add("print"); curves.resize(); redraw(); });
-addEventListener("afterprint", () => { document.documentElement.classList.remove("print"); curves.resize(); redraw(); });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => curves.print(false)); // with the colours of the other scheme
+addEventListener("beforeprint", () => { document.documentElement.classList.add("print"); curves.print(true); });
+addEventListener("afterprint", () => { document.documentElement.classList.remove("print"); curves.print(false); });
 addEventListener("hashchange", () => { follow().catch((error) => notice(error.message)); });
 addEventListener("keydown", keys);
 

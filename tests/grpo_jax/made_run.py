@@ -12,6 +12,8 @@ from grpo_jax.metrics import Log
 from grpo_jax.reward import REASONS, judge
 
 WORDS = ("amber", "basil", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jetty", "larch", "quartz", "river")
+_LETTERS = random.Random(0)
+LEXICON = ["".join(_LETTERS.choices("etaoinshrdlu", k=_LETTERS.randrange(2, 10))) for _ in range(20_000)]  # hard to compress
 TOOLS = [
     {
         "name": f"{verb}_{noun}",
@@ -114,7 +116,7 @@ def reply(chance: random.Random, right: dict[str, Any], way: int, longer: int = 
             calls.append({"name": "find_hotel", "arguments": {}})
         case 7:
             calls = []
-    thought = " ".join(chance.choices(WORDS, k=12 + longer // 6))
+    thought = " ".join(chance.choices(WORDS, k=12) + chance.choices(LEXICON, k=longer // 6))
     block = json.dumps(calls)[: -1 if way == 8 else None]
     return ("" if way == 9 else f"<think>\n{thought}\n</think>\n") + f"<tool_call>\n{block}\n</tool_call>"
 

@@ -74,6 +74,7 @@ def assert_same(folder: Path, unbroken: Path) -> None:
     assert [row["step"] for row in rows(folder)] == list(range(STEPS + 1))
     assert (folder / "rollouts.jsonl").read_bytes() == (unbroken / "rollouts.jsonl").read_bytes()
     assert (folder / "hf" / "model.safetensors").read_bytes() == (unbroken / "hf" / "model.safetensors").read_bytes()
+    assert (folder / "report.html").exists()
 
 
 def steps_logged(folder: Path) -> int:
