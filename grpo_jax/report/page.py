@@ -16,6 +16,7 @@ import hashlib
 import html as markup
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ from grpo_jax.report import calls, panels, words
 from grpo_jax.report.reading import Reading, pack
 
 MOST_GROUPS = 10_000
+_PART = re.compile(r"(index|groups|tasks)-(\d{1,9})(?:-(\d{1,9}))?")  # of which run, which chunk
 HERE = Path(__file__).parent
 _SCRIPTS = ("uplot.js", "dom.js", "curves.js", "rollouts.js", "page.js")
 _STYLES = ("uplot.css", "page.css")
@@ -61,21 +63,16 @@ class Page:
 
     def part(self, name: str) -> bytes | None:
         """The part of this name, as `parts` has it; None where there is none."""
-        kind, *places = name.split("-")
-        try:
-            groups = self.readings[int(places[0])].groups if places else None
-            match kind, len(places):
-                case "runs", 0:
-                    return pack(self.runs())
-                case "index", 1:
-                    return pack(groups.index())
-                case "groups", 2:
-                    return packed(groups.chunks[int(places[1])])
-                case "tasks", 2:
-                    return packed(groups.task_chunks[int(places[1])])
-        except (IndexError, ValueError):
-            pass
-        return None
+        if name == "runs":
+            return pack(self.runs())
+        found = _PART.fullmatch(name)
+        if not found or int(found[2]) >= len(self.readings):
+            return None
+        groups = self.readings[int(found[2])].groups
+        if found[1] == "index":
+            return pack(groups.index())
+        chunks, k = groups.chunks if found[1] == "groups" else groups.task_chunks, int(found[3] or 0)
+        return packed(chunks[k]) if k < len(chunks) else None
 
     def runs(self) -> dict[str, Any]:
         """All but the rollouts."""

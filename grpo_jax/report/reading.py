@@ -71,12 +71,9 @@ class Groups:
     """The groups of a run, in the order of the file."""
 
     def __init__(self) -> None:
-        self.columns: dict[str, list] = {
-            # by group
-            "step": [], "task": [], "learned": [],
-            # by group, a list over its responses
-            "reward": [], "reason": [], "length": [], "cut": [], "advantage": [], "marks": [], "called": [],
-        }  # fmt: skip
+        of_group = ("step", "task", "learned", "called")
+        of_responses = ("reward", "reason", "length", "cut", "advantage", "marks")  # a list over the responses of a group
+        self.columns: dict[str, list] = {name: [] for name in (*of_group, *of_responses)}
         self.reasons: list[str] = []  # what "reason" counts from 0
         self.tools: list[str] = []  # what "called" counts: names of tools that were called, or should have been
         self.tasks: list[tuple[str, str, list[int]]] = []  # (id, beginning of the request, tools of the right calls)
@@ -90,36 +87,42 @@ class Groups:
         """Takes the group of a line of rollouts.jsonl in, or counts it, where the step has enough of them."""
         begin = _STEP.match(line)
         step = int(begin[1]) if begin else parse_row(path, number, line)["step"]
-        self._in_step[step] += 1
-        if self._in_step[step] > most_per_step:
+        if self._in_step[step] >= most_per_step:
             self.left_out += 1
             return
         row = parse_row(path, number, line)
         try:
-            self._take(row)
+            cells, said = self._known(row)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, line {number}: not a group of responses ({error!r}); delete the line") from None
+        self._in_step[step] += 1
+        for name, cell in cells.items():
+            self.columns[name].append(cell)
+        _append(self.chunks, said)
 
-    def _take(self, row: dict[str, Any]) -> None:
-        answer, responses, columns = row["answer"], row["responses"], self.columns
+    def _known(self, row: dict[str, Any]) -> tuple[dict[str, Any], list[dict]]:
+        """What the columns hold of a group, and what its responses say."""
+        answer, responses = row["answer"], row["responses"]
         read = [parse_calls(response["text"]) for response in responses]
         compared = [None if found is None else calls.compare(found, answer) for found in read]
         called = {call["name"][: calls.MOST_NAME] for some in (answer, *read) for call in some or ()}
-        columns["step"].append(row["step"])
-        columns["task"].append(self._task(row["id"], row["prompt"], answer))
-        columns["learned"].append(int(row.get("learned", True)))
-        columns["reward"].append([response["value"] for response in responses])
-        columns["reason"].append([self._place("reasons", response["reason"]) for response in responses])
-        columns["length"].append([response["token_count"] for response in responses])
-        columns["cut"].append([int(response["truncated"]) for response in responses])
-        columns["advantage"].append([response["advantage"] for response in responses])
-        columns["marks"].append([_bits(entries) for entries in compared])
-        columns["called"].append([self._place("tools", name) for name in sorted(called)])
-        said = [
+        of = lambda name: [response[name] for response in responses]  # noqa: E731
+        cells = {
+            "step": row["step"],
+            "task": self._task(row["id"], row["prompt"], answer),
+            "learned": int(row.get("learned", True)),
+            "reward": of("value"),
+            "reason": [self._place("reasons", reason) for reason in of("reason")],
+            "length": of("token_count"),
+            "cut": [int(cut) for cut in of("truncated")],
+            "advantage": of("advantage"),
+            "marks": [_bits(entries) for entries in compared],
+            "called": [self._place("tools", name) for name in sorted(called)],
+        }
+        return cells, [
             {"pieces": calls.pieces(response["text"]), "calls": entries}
             for response, entries in zip(responses, compared, strict=True)
         ]
-        _append(self.chunks, said)
 
     def index(self) -> dict[str, Any]:
         """What is known of all groups without their texts."""

@@ -431,7 +431,7 @@ def test_the_server_answers_this_machine_alone_and_says_when_nothing_is_new(tmp_
         runs = value(ask("/data/runs")[1])
         assert ask(f"/data/runs?since={runs['version']}")[0] == 204
         assert len(value(ask("/data/groups-0-0")[1])) == 6 and len(value(ask("/data/index-0")[1])["step"]) == 6
-        for name in ("groups-0-9", "groups-9-0", "index", "groups-0-x", "../config.json", "groups-0--1"):
+        for name in ("groups-0-9", "groups-9-0", "index", "groups-0-x", "../config.json", "groups-0--1", "index-" + "9" * 5000):
             assert ask(f"/data/{name}")[0] == 404
         assert ask("/", "attacker.example")[0] == 403
         with (folder / "metrics.jsonl").open("a") as file:
