@@ -30,7 +30,7 @@ from eval.answer import Model, open_model, respond, response_tokens, template_of
 from grpo_jax import config, inputs
 from grpo_jax.console import CONSOLE, header, note, visible, warn
 from grpo_jax.inputs import Policy
-from grpo_jax.reward import CLOSING, OPENING, Response, judge, last_block, parse_calls
+from grpo_jax.reward import Response, block_span, judge, parse_calls
 from grpo_jax.run import cache_compilations
 
 Turn = dict[str, Any]
@@ -124,8 +124,8 @@ def parts(text: str) -> tuple[str, list[dict[str, Any]] | None, str]:
     """(thought, calls as the reward reads them, what is neither) of a reply; calls that cannot be read are in the last."""
     calls, rest = parse_calls(text), text
     if calls is not None:
-        begin, end = last_block(text)
-        rest = text[: begin - len(OPENING)] + text[end + len(CLOSING) :]
+        begin, end = block_span(text)
+        rest = text[:begin] + text[end:]
     before, opened, behind = rest.partition("<think>")
     thought, closed, after = behind.partition("</think>")
     if opened and closed:

@@ -45,6 +45,8 @@ PANELS = (
     ("entropy/mean", "entropy (nats a token)"),
 )
 SFT_PANELS = (("loss", "loss (nats a token)"), ("val/loss", "validation loss (nats a token)"), ("grad_norm", "gradient norm"))
+# Of |learner's - sampler's log-prob|, the mean over a step's tokens from which on it is an alarm.
+MOST_MISMATCH = 0.02
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"  # Okabe and Ito: told apart by colour-blind eyes
 _LINES = (BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # theirs too, of benchmarks; orange is that of rows
 _STYLES = ({"marker": "s"}, {"marker": "D", "linestyle": "--"}, {"marker": "^", "linestyle": ":"})  # where colours run out
@@ -142,15 +144,26 @@ def _rows(path: Path) -> Iterator[tuple[bytes, dict]]:
         return
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
+            row = parse_row(path, number, line)
+            if row is not None:
                 yield line, row
-            elif line.endswith(b"\n"):
-                start = line[:40].decode(errors="replace").strip()
-                raise ValueError(f"{path}, line {number}: not a row of a step: {start!r}; delete the line")
+
+
+def parse_row(path: Path, number: int, line: bytes) -> dict | None:
+    """The row that a line of such a file holds; None for one that was cut off, which has no end.
+
+    Raises ValueError for a whole line that is not a row of a step.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if isinstance(row, dict) and isinstance(row.get("step"), int):
+        return row
+    if line.endswith(b"\n"):
+        start = line[:40].decode(errors="replace").strip()
+        raise ValueError(f"{path}, line {number}: not a row of a step: {start!r}; delete the line")
+    return None
 
 
 def _keep(path: Path, last: int | None) -> None:

@@ -1,6 +1,6 @@
 """Rewards: from the text of a response to a number, in plain Python on the host.
 
-    text -> _has_think, _last_block -> _decode -> parse_calls -> judge -> Scored(value, reason, parts)
+    text -> think_span, block_span -> _decode -> parse_calls -> judge -> Scored(value, reason, parts)
     resolve("binary" | ... | "package.module:function") -> (responses of one group, example) -> one Scored a response
     each(reward) -> the groups of a batch, one after the other; `forgiving` of what a user's own reward does wrong
 
@@ -60,9 +60,9 @@ ERROR = "reward_error"  # it raised, or did not return a finite number (or a `Sc
 TIMEOUT = "reward_timeout"  # it took longer than --reward.timeout; its process was ended
 CRASH = "reward_crash"  # its process ended by itself
 
-OPENING, CLOSING = "<tool_call>", "</tool_call>"
 MAX_DIGITS = 4300  # int() is quadratic; Python's own limit has this default, but can be switched off
 MAX_DEPTH = 500
+_OPENING, _CLOSING = "<tool_call>", "</tool_call>"
 
 
 @dataclass(frozen=True)
@@ -96,24 +96,9 @@ def parse_calls(response: str) -> list[dict] | None:
     Returns a list (empty for `[]`) of {"name": str, "arguments": dict}, or None where there is no block or its content
     is not a list of calls. Never raises.
     """
-    block = _last_block(_plain(response))
-    return None if block is None else _calls(block)
-
-
-def last_block(text: str) -> tuple[int, int] | None:
-    """(begin, end) of what stands in the last match of `<tool_call>(.*?)</tool_call>`, without the tags; None without one.
-
-    In linear time, which that expression does not take: an opening tag without a closing one after it ends the search, since
-    none of the later opening tags has one either.
-    """
-    last, position = None, 0
-    while (start := text.find(OPENING, position)) >= 0:
-        start += len(OPENING)
-        end = text.find(CLOSING, start)
-        if end < 0:
-            break
-        last, position = (start, end), end + len(CLOSING)
-    return last
+    text = _plain(response)
+    block = block_span(text)
+    return None if block is None else _calls(_content(text, block))
 
 
 def judge(response: str, answer: Sequence[dict], kind: str = "binary") -> Scored:
@@ -125,8 +110,8 @@ def judge(response: str, answer: Sequence[dict], kind: str = "binary") -> Scored
     if kind not in KINDS:
         raise ValueError(_unknown(kind))
     text = _plain(response)
-    think, block = _has_think(text), _last_block(text)
-    calls = None if block is None else _calls(block)
+    think, block = think_span(text) is not None, block_span(text)
+    calls = None if block is None else _calls(_content(text, block))
     parsed = calls is not None
     names = parsed and Counter(call["name"] for call in calls) == Counter(call["name"] for call in answer)
     match = names and _multiset(calls) == _multiset(answer)
@@ -259,16 +244,30 @@ def _plain(text: str) -> str:
     return str.__str__(text)
 
 
-def _has_think(text: str) -> bool:
-    """Whether `<think>.*?</think>` is found, in linear time."""
+def think_span(text: str) -> tuple[int, int] | None:
+    """Where `<think>.*?</think>` is first found, in linear time: (begin, end) with its tags; None where it is not."""
     start = text.find("<think>")
-    return start >= 0 and text.find("</think>", start + len("<think>")) >= 0
+    end = text.find("</think>", start + len("<think>")) if start >= 0 else -1
+    return None if end < 0 else (start, end + len("</think>"))
 
 
-def _last_block(text: str) -> str | None:
-    """What stands in the last match of `<tool_call>(.*?)</tool_call>`."""
-    place = last_block(text)
-    return None if place is None else text[slice(*place)]
+def block_span(text: str) -> tuple[int, int] | None:
+    """Where the last match of `<tool_call>(.*?)</tool_call>` is, in linear time: (begin, end) with its tags, or None.
+
+    An opening tag without a closing one after it ends the search, since none of the later opening tags has one either.
+    """
+    last, position = None, 0
+    while (start := text.find(_OPENING, position)) >= 0:
+        end = text.find(_CLOSING, start + len(_OPENING))
+        if end < 0:
+            break
+        position = end + len(_CLOSING)
+        last = (start, position)
+    return last
+
+
+def _content(text: str, block: tuple[int, int]) -> str:
+    return text[block[0] + len(_OPENING) : block[1] - len(_CLOSING)]
 
 
 def _calls(block: str) -> list[dict] | None:
@@ -312,10 +311,10 @@ def _constant(name: str) -> None:
 
 
 def _multiset(calls: Sequence[dict]) -> Counter:
-    return Counter((call["name"], _canonical(call["arguments"])) for call in calls)
+    return Counter((call["name"], canonical(call["arguments"])) for call in calls)
 
 
-def _canonical(value: Any) -> str:
+def canonical(value: Any) -> str:
     """A text that two JSON values share if and only if they are equal with their keys in any order.
 
     Built with a stack of its own, since json.dumps recurses. Integers are written in hexadecimal: str() of a long one

@@ -4,7 +4,7 @@
     open_run     the weights and the run's state on the devices, from its newest checkpoint where there is one
     guarded      around the loop: what is kept when a run is asked to stop, is interrupted or fails
     end_step     a step's row is logged, its state saved when it is time
-    finish       the Hugging Face folder, the curves
+    finish       the Hugging Face folder, the curves, the page of the run
 
 All of it is called by all hosts together.
 """
@@ -35,11 +35,10 @@ from grpo_jax.group import Group
 from grpo_jax.inputs import Policy, Tasks
 from grpo_jax.learner import Objective
 from grpo_jax.packing import Packed
+from grpo_jax.report import page
 from models import decoder, hf, lora
 from models.decoder import DecoderConfig, Params
 
-# Of |learner's - sampler's log-prob|, the mean over a step's tokens from which on it is an alarm.
-MOST_MISMATCH = 0.02
 _BEGAN = time.perf_counter()
 
 
@@ -251,17 +250,17 @@ def report(run: Run, show: console.Progress, row: dict[str, Any]) -> None:
 def watch(run: Run, row: Mapping[str, Any]) -> None:
     """Warns, once a run, where the sampler's log-probs serve as the old ones and are not those of the learner."""
     gap = row.get("rollout/logp_mismatch", 0.0)
-    wrong = not gap <= MOST_MISMATCH  # nan too
+    wrong = not gap <= metrics.MOST_MISMATCH  # nan too
     if wrong and not run.config.update.recompute_old_logp and "mismatch" not in run.said:
         run.said.add("mismatch")
         console.warn(
             f"step {row['step']}: the log-probs of sampler and learner differ by {gap:.3f} nats a token on average (alarm at "
-            f"{MOST_MISMATCH}); try --learner.attention tiles, or, in a new run, --update.recompute_old_logp"
+            f"{metrics.MOST_MISMATCH}); try --learner.attention tiles, or, in a new run, --update.recompute_old_logp"
         )
 
 
 def finish(run: Run) -> None:
-    """Writes the Hugging Face folder and the adapters', draws the curves, and says what came of it."""
+    """Writes the Hugging Face folder and the adapters', draws the curves, makes the page, and says what came of it."""
     folder = Path(run.config.run.dir)
     params = weights(run, run.config.export.dtype)
     own = None if run.frozen is None else meshes.replicated(run.state["params"])
@@ -276,11 +275,13 @@ def finish(run: Run) -> None:
         hf.save_adapter(folder / "adapter", run.policy.model, run.objective.lora, jax.device_get(own), run.policy.path)
         exported.append(("adapter", str(folder / "adapter")))
     drawn = metrics.curves(folder)
+    made = report_page(folder)
     validated = [row for row in metrics.read(folder / "metrics.jsonl") if any(name.startswith("val/") for name in row)]
     places = [
         ("metrics", str(folder / "metrics.jsonl")),
         ("rollouts", str(folder / "rollouts.jsonl")),
         ("curves", str(drawn)),
+        *([("page", str(made))] if made else []),
         ("checkpoints", str(folder / "checkpoints")),
         *exported,
     ]
@@ -288,6 +289,19 @@ def finish(run: Run) -> None:
     console.closing(first, last, [(label, place) for label, place in places if Path(place).stat().st_size])
     run.lock.close()
     hosts.gather(None)
+
+
+def report_page(folder: Path) -> Path | None:
+    """Makes the page of the run; None, with a warning, where that fails: a finished run must not fail by it."""
+    try:
+        page.write([folder], folder / "report.html")
+    except Exception as error:
+        console.warn(
+            f"{folder / 'report.html'} could not be made ({type(error).__name__}: {error}); the run is whole, and "
+            f"python -m grpo_jax.report {folder} tries again"
+        )
+        return None
+    return folder / "report.html"
 
 
 def cache_compilations() -> None:

@@ -269,7 +269,7 @@ def validate(
     right = lambda batch: sum(scored[0].value >= 1 for scored in batch.scored)  # noqa: E731
     if tasks:
         batch = exchange(run, tasks, greedy, score_groups, show, "validation", clock)
-        row["val/accuracy"] = right(batch) / len(tasks)
+        row["val/accuracy"], row["val/count"] = right(batch) / len(tasks), len(tasks)
         summary = metrics.summarize(batch.groups, batch.scored)
         row |= {f"val/{k}": v for k, v in summary.items() if k.startswith(("reason/", "response_tokens/mean"))}
     for one in asked:

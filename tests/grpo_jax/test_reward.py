@@ -44,16 +44,17 @@ FRAGMENTS = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<tool_call",
 @PROPERTY
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=25).map("".join))
 def test_tags_are_read_as_by_the_regular_expressions(text):
-    found = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)
-    assert reward._last_block(text) == (found[-1] if found else None)
-    assert reward._has_think(text) == bool(re.search(r"<think>(.*?)</think>", text, re.DOTALL))
+    blocks = [match.span() for match in re.finditer(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)]
+    assert reward.block_span(text) == (blocks[-1] if blocks else None)
+    think = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
+    assert reward.think_span(text) == (think.span() if think else None)
 
 
 def test_all_short_sequences_of_tags_are_read_as_by_the_regular_expression():
     for parts in itertools.chain.from_iterable(itertools.product(FRAGMENTS[:2] + ["x"], repeat=n) for n in range(7)):
         text = "".join(parts)
-        found = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)
-        assert reward._last_block(text) == (found[-1] if found else None), text
+        blocks = [match.span() for match in re.finditer(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)]
+        assert reward.block_span(text) == (blocks[-1] if blocks else None), text
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_the_comparison_does_not_recurse():
     value = 1
     for _ in range(100_000):
         value = {"a": [value]}
-    assert len(reward._canonical(value)) > 800_000
+    assert len(reward.canonical(value)) > 800_000
     assert score(THINK + block([F1]), [{"name": "f", "arguments": value}]) == 0
 
 
@@ -294,7 +295,7 @@ def test_the_order_of_calls_and_of_keys_is_free_and_repeats_count(calls, random)
 def test_values_match_where_json_with_sorted_keys_is_the_same_text(left, right, random):
     for other in (shuffled(left, random), right):
         expected = json.dumps(left, sort_keys=True) == json.dumps(other, sort_keys=True)
-        assert (reward._canonical(left) == reward._canonical(other)) == expected
+        assert (reward.canonical(left) == reward.canonical(other)) == expected
 
 
 # ---------------------------------------------------------------- kinds, reasons, parts
@@ -412,7 +413,7 @@ class Counted(str):
     ["<tool_call>", "</tool_call>", "<tool_call></tool_call>", "<tool_call><tool_call></tool_call>", "<think>", "<"],
 )
 def test_the_search_for_tags_passes_over_a_text_at_most_twice(piece):
-    for search in (reward._last_block, reward._has_think):
+    for search in (reward.block_span, reward.think_span):
         text = Counted(piece * 10_000)
         search(text)
         assert text.passed <= 2 * len(text)

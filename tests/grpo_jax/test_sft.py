@@ -73,7 +73,7 @@ def test_a_run_that_is_continued_ends_like_one_that_was_not_stopped(tiny_model, 
     sft.sft(settings(tiny_model, rows, tmp_path / "run", 2))
     sft.sft(settings(tiny_model, rows, tmp_path / "run", 4))
     assert untimed(tmp_path / "run") == untimed(unbroken)
-    for file in ("hf/model.safetensors", "curves.png"):
+    for file in ("hf/model.safetensors", "curves.png", "report.html"):
         assert (tmp_path / "run" / file).exists()
     weights = [(folder / "hf" / "model.safetensors").read_bytes() for folder in (tmp_path / "run", unbroken)]
     assert weights[0] == weights[1]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from data.example import make
-from grpo_jax import batch, config, hosts, inputs, mesh, reward, rollout, train
+from grpo_jax import batch, config, hosts, inputs, mesh, metrics, reward, rollout, train
 from grpo_jax import run as run_module
 from grpo_jax.config import TrainConfig
 from grpo_jax.group import Group
@@ -67,6 +67,7 @@ def assert_same(folder: Path, unbroken: Path) -> None:
     assert [row["step"] for row in rows(folder)] == list(range(STEPS + 1))
     assert (folder / "rollouts.jsonl").read_bytes() == (unbroken / "rollouts.jsonl").read_bytes()
     assert (folder / "hf" / "model.safetensors").read_bytes() == (unbroken / "hf" / "model.safetensors").read_bytes()
+    assert (folder / "report.html").exists()
 
 
 def steps_logged(folder: Path) -> int:
@@ -456,7 +457,7 @@ def test_a_sampler_that_disagrees_with_the_learner_is_told_once(capsys):
     settings = lambda again: SimpleNamespace(update=config.Update(recompute_old_logp=again))  # noqa: E731
     state = SimpleNamespace(said=set(), config=settings(False))
     run_module.watch(SimpleNamespace(said=set(), config=settings(True)), {"step": 0, "rollout/logp_mismatch": 0.5})
-    for step, gap in ((1, 0.0), (2, run_module.MOST_MISMATCH), (3, float("nan")), (4, 0.06)):
+    for step, gap in ((1, 0.0), (2, metrics.MOST_MISMATCH), (3, float("nan")), (4, 0.06)):
         run_module.watch(state, {"step": step, "rollout/logp_mismatch": gap})
     run_module.watch(state, {"step": 5})  # a step in which no group had anything to teach
     said = " ".join(capsys.readouterr().out.split())
