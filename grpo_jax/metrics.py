@@ -127,7 +127,8 @@ class Log:
                     self._board.write_event(Event(wall_time=time.time(), step=row["step"], summary=scalar(name, value)))
                 self._board.flush()
             except OSError as error:
-                self._board, self.problem = None, f"TensorBoard's events end here: {error.strerror}"
+                self._board = None
+                self.problem = self.problem or f"TensorBoard's events end here: {error.strerror}"
 
     def rollouts(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes one row a group, each with its "step". Texts may hold anything, lone surrogates too."""

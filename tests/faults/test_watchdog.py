@@ -3,8 +3,9 @@
 import ctypes
 import itertools
 import time
+from types import SimpleNamespace
 
-from grpo_jax import console, watchdog
+from grpo_jax import config, console, run, watchdog
 
 QUICK = 0.2 / 60  # minutes
 
@@ -70,6 +71,14 @@ def test_stacks_are_written_even_while_the_interpreters_lock_is_held(tmp_path):
             ctypes.PyDLL(None).usleep(900_000)  # which, of a PyDLL, keeps the lock
         text = path.read_text()
     assert "Timeout" in text and "in test_stacks_are_written" in text and "nothing has moved" not in text
+
+
+def test_that_of_a_run_writes_to_its_folder(tmp_path):
+    settings = config.TrainConfig(run=config.Run(dir=str(tmp_path), watchdog=QUICK))
+    with console.Progress(9, 0, console.make_console(quiet=True)) as show:
+        show.phase("update", 1, 4)
+        with run.watching(SimpleNamespace(config=settings), show):
+            assert "; step 1, update 1/4" in wait_for(tmp_path / "stalls.txt")
 
 
 def test_it_can_be_turned_off(tmp_path):

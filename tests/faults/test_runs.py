@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and the time limit: in each phase, twice, while the main thread is busy, when there is nothing to lose.
+"""What comes to a run from outside: a wish to stop, in each phase, twice, while it is busy; a full disk; a second process.
 
 Two processes under jax.distributed are in tests/grpo_jax/test_hosts.py.
 """
@@ -14,6 +14,7 @@ import pytest
 
 from grpo_jax import batch, checkpoint, config, hosts, metrics, sft, train
 from grpo_jax import run as run_module
+from tests.faults.small_disk import fill, small_disk
 from tests.grpo_jax.small_run import rows, small
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,6 +171,39 @@ def test_supervised_training_stops_as_well(tiny_model, tmp_path, monkeypatch):
     assert rows(tmp_path / "run") == rows(tmp_path / "unbroken")
     weights = [(tmp_path / name / "hf" / "model.safetensors").read_bytes() for name in ("run", "unbroken")]
     assert weights[0] == weights[1]
+
+
+def test_a_disk_that_is_full_for_a_while_costs_two_saves_and_nothing_else(tiny_model, unbroken, tmp_path, monkeypatch, capsys):
+    """Full in step 2, its rows wait; in step 3 with room for rows, but not for a checkpoint; in step 4 with room for all."""
+    with small_disk(tmp_path / "disk", 8) as disk:
+        end_step, filler, saved = train.end_step, disk / "filler", []
+
+        def filling(run, show, row, last):
+            match row["step"]:
+                case 2:
+                    fill(disk)
+                case 3:
+                    os.truncate(filler, filler.stat().st_size - 60_000)
+                case 4:
+                    filler.unlink()
+            end_step(run, show, row, last)
+            run.checkpoints.wait()
+            saved.append((sorted(path.name for path in (disk / "run" / "checkpoints").iterdir()), lines(disk / "run")))
+
+        monkeypatch.setattr(train, "end_step", filling)
+        train.train(small(tiny_model, disk / "run", **{**OPTIONS, "checkpoint.every": 1}))
+        assert saved == [(["1"], 2), (["1"], 2), (["1"], 4), (["1", "4"], 5)]
+        said = " ".join(capsys.readouterr().out.split())
+        assert said.count("bytes of metrics and rollouts wait in memory: No space left on device") == 1
+        assert "warning: step 2 is not saved (the newest is step 1), and the run goes on" in said
+        assert "warning: checkpoint 3 could not be saved (" in said and said.count("warning: checkpoint") == 1
+        assert rows(disk / "run") == rows(unbroken)
+        for file in ("rollouts.jsonl", "hf/model.safetensors"):
+            assert (disk / "run" / file).read_bytes() == (unbroken / file).read_bytes()
+
+
+def lines(folder: Path) -> int:
+    return (folder / "metrics.jsonl").read_bytes().count(b"\n")
 
 
 # ---------------------------------------------------------------- two processes on one folder
