@@ -311,9 +311,10 @@ def note_skipped(
         return
     bad = sorted({name for i in left_out for name, value in done[i].items() if not np.isfinite(value)})
     folder = Path(run.config.run.dir) / "skipped"
+    row = f" ({run.skipped} in a row up to now; more than {run.config.optimizer.skips} end the run)" if run.skipped else ""
     console.warn(
-        f"step {step}: {len(left_out)} of {len(done)} optimizer steps left out, for {', '.join(bad)} not finite "
-        f"({run.skipped} in a row; more than {run.config.optimizer.skips} end the run); the batch is in {folder}"
+        f"step {step}: {len(left_out)} of {len(done)} optimizer steps left out, for {', '.join(bad)} not finite; its batch is "
+        f"in {folder}{row}"
     )
     about = {"step": step, "ids": [task.example.id for task in tasks], "updates": [metrics.plain(sums) for sums in done]}
     arrays = flat(groups) | {

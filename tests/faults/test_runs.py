@@ -158,7 +158,7 @@ def test_supervised_training_stops_as_well(tiny_model, tmp_path, monkeypatch):
         config.SftConfig,
         "grpo_jax.sft",
         ["demo", "--model.path", tiny_model, "--run.dir", str(tmp_path / name), "--run.steps", "3", "--validation.limit", "0",
-         "--batch.rows_per_step", "2", "--learner.tokens_per_microbatch", "2048"],
+         "--batch.rows_per_step", "2", "--batch.max_tokens", "400", "--learner.tokens_per_microbatch", "2048"],
     )  # fmt: skip
     sft.sft(settings("unbroken"))
     with monkeypatch.context() as patch:
