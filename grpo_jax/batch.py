@@ -120,6 +120,7 @@ def exchange(
     `earlier` are the tasks that were answered before in this step: the same prompt gets other responses.
     Raises `hosts.Stopped`, on all hosts, where one was asked to stop.
     """
+    hosts.halt(run.stop)
     every = rollout.attempts_of([task.prompt for task in (*earlier, *tasks)])
     mine, attempts = hosts.share(tasks), hosts.share(every[len(earlier) :])
     found: dict[str, Any] = {"stopped": True}

@@ -3,7 +3,8 @@
 On several hosts, all call these together, and all see the same folder.
 
     compare        whether the run's folder holds nothing, or the same run; anything else is refused
-    claim          the folder, its lock and its config.json
+    claim          the folder and its lock
+    record         its config.json
     Checkpoints    asynchronous, atomic saves by Orbax of a state (a pytree of arrays) and `meta` (plain JSON)
     read_params    the weights alone of a checkpoint, whatever devices it was written from
     read_meta      its `meta`
@@ -11,7 +12,8 @@ On several hosts, all call these together, and all see the same folder.
 
 Orbax writes a checkpoint beside its place and renames it, so a kill leaves none or a whole one. It does not notice a
 byte that flipped later; so `meta` also holds, for every array, the modular sum of its bits, which does not depend on how
-the array is sharded, and restoring compares.
+the array is sharded, and a hash of itself; restoring compares. A save that fails, for want of room say, leaves the run alive
+and the checkpoints before it as they were.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ import inspect
 import json
 import logging
 import os
+import shutil
+import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,39 +90,52 @@ def compare(config: Any, program: str) -> list[str]:
     return changed
 
 
-def claim(config: Any, program: str) -> IO[str]:
-    """Makes the run's folder, locks it and writes its config.json, whole or not at all.
+def claim(run_dir: str | Path) -> IO[str]:
+    """Makes the run's folder and locks it: two processes would cut off and overwrite each other's rows and checkpoints.
 
-    The lock lasts as long as the file that is returned is open, so at most as long as this process. Raises ValueError
-    where another process holds it: two of them would cut off and overwrite each other's rows and checkpoints.
+    The lock lasts as long as the file that is returned is open, so at most as long as this process. Raises ValueError,
+    naming the owner, where another process holds it.
     """
-    folder = Path(config.run.dir)
+    folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / _LOCK).open("a")
+    lock = (folder / _LOCK).open("a+")
     with contextlib.suppress(OSError):  # some network file systems know no locks
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read(200).strip()
+            lock.close()
             raise ValueError(
-                f"{folder}: another process is at work on this run; wait for it, or choose another --run.dir"
+                f"{folder}: another process is at work on this run{f' ({owner})' if owner else ''}; wait for it, end it, or "
+                "choose another --run.dir"
             ) from None
-    partial = folder / _PARTIAL
-    partial.write_text(json.dumps({"program": program, **configs.to_dict(config)}, indent=2) + "\n")
-    os.replace(partial, folder / "config.json")
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    lock.flush()
     return lock
 
 
-class Checkpoints:
-    """The folder `checkpoints/` of a run."""
+def record(config: Any, program: str) -> None:
+    """Writes the config.json of a run whose folder was claimed, whole or not at all."""
+    partial = Path(config.run.dir) / _PARTIAL
+    partial.write_text(json.dumps({"program": program, **configs.to_dict(config)}, indent=2) + "\n")
+    os.replace(partial, partial.with_name("config.json"))
 
-    def __init__(self, run_dir: str | Path, keep: int):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file it touches
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run, of which `keep` are kept; `warn` is told what went wrong and was got over."""
+
+    def __init__(self, run_dir: str | Path, keep: int, warn: Callable[[str], None]):
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs each file it touches, and each error four times
         self._folder = (Path(run_dir) / "checkpoints").resolve()
         self._keep = keep
-        self.latest = 0  # the step of the newest checkpoint that was restored or saved
+        self._warn = warn
+        self.latest = 0  # the step of the newest checkpoint that was restored, or is saved
+        self._under_way: int | None = None  # the step that is being saved
         self._manager: ocp.CheckpointManager | None = None
 
-    def restore(self, like: State, warn: Callable[[str], None]) -> Restored | None:
+    def restore(self, like: State) -> Restored | None:
         """The newest checkpoint that is whole, or None where there is none at all.
 
         `like` is a pytree of arrays with the shapes, dtypes and shardings to restore to. A damaged checkpoint is warned
@@ -134,7 +152,7 @@ class Checkpoints:
             try:
                 restored = self._read(step, abstract)
             except Exception as error:  # Orbax and tensorstore raise a dozen kinds for a file cut short
-                why = " ".join(str(error).split()).split(". See full")[0][:200] or type(error).__name__
+                why = _in_short(error)
             whys = [why for why, _ in hosts.gather(why) if why is not None]
             if whys:
                 damaged.append((step, whys[0]))
@@ -142,7 +160,9 @@ class Checkpoints:
             for bad, why in damaged if hosts.is_main() else ():
                 earlier = len(list(self._folder.glob(f"damaged-{bad}*")))
                 aside = self._folder / (f"damaged-{bad}-{earlier + 1}" if earlier else f"damaged-{bad}")
-                warn(f"checkpoint {self._folder / str(bad)} is damaged ({why}); now {aside.name}, going on from step {step}")
+                self._warn(
+                    f"checkpoint {self._folder / str(bad)} is damaged ({why}); now {aside.name}, going on from step {step}"
+                )
                 (self._folder / str(bad)).rename(aside)
             hosts.gather(None)  # no host goes on before the names are what they will be
             self.latest = step
@@ -161,20 +181,72 @@ class Checkpoints:
         return Restored(step, found.state, found.meta)
 
     def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
-        """Starts saving; returns once the state is copied, so that its buffers may be donated."""
+        """Starts saving; returns once the state is copied, so that its buffers may be donated.
+
+        A save that fails, now or before it is done, is warned about; `latest` stays, and so does what it stands for.
+        """
+        self.wait()
         if self._manager is None:
-            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True)
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
-        state = meshes.moved(state, "device")  # what rests in host memory; computing its checksums needs it there
-        meta = {**meta, "step": step, "checksums": checksums(state)}
-        self.latest = step
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
+            if hosts.is_main():
+                self._sweep()
+            hosts.gather(None)
+
+        def begin() -> None:
+            if self._manager is None:
+                options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True)
+                self._manager = ocp.CheckpointManager(self._folder, options=options)
+            here = meshes.moved(state, "device")  # what rests in host memory; computing its checksums needs it there
+            whole = {**meta, "step": step, "checksums": checksums(here)}
+            whole["digest"] = fingerprint(whole)
+            items = ocp.args.Composite(state=ocp.args.StandardSave(here), meta=ocp.args.JsonSave(whole))
+            self._manager.save(step, args=items)
+
+        self._under_way = step
+        self._attempt(begin)
+
+    def poll(self) -> None:
+        """Notices, without waiting, how a save has ended. With several hosts only `wait` does, which all reach together."""
+        if self._under_way is not None and jax.process_count() == 1 and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for a save under way."""
+        if self._under_way is not None and self._attempt(self._manager.wait_until_finished):
+            self.latest, self._under_way = self._under_way, None
 
     def close(self) -> None:
-        """Waits for a save under way."""
+        """Waits for a save under way, and lets go of Orbax's threads."""
+        self.wait()
         if self._manager is not None:
             self._manager.close()
             self._manager = None
+
+    def _attempt(self, part: Callable[[], Any]) -> bool:
+        """Does a part of a save. Where it fails, on any host, the save is given up, on all: warned about and cleared away."""
+        why = None
+        try:
+            part()
+        except Exception as error:  # of many kinds, as in `restore`
+            why = _in_short(error)
+        whys = [why for why, _ in hosts.gather(why) if why is not None]
+        if whys:
+            step, self._under_way = self._under_way, None
+            newest = f"the newest is that of step {self.latest}" if self.latest else "there is none yet"
+            self._warn(
+                f"checkpoint {step} could not be saved ({whys[0]}); {newest}, and the run goes on: see to room and rights in "
+                f"{self._folder}"
+            )
+            with contextlib.suppress(Exception):  # that of the save, once more
+                self._manager.close()
+            self._manager = None
+            if hosts.is_main():
+                self._sweep()
+        return not whys
+
+    def _sweep(self) -> None:
+        """Removes what saves that were killed, or failed, have left: else each would hold the room of a checkpoint."""
+        for partial in self._folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _silence_unfinished_reads() -> None:
@@ -216,15 +288,23 @@ def _found(run_dir: str | Path, step: int | None, **items: ocp.args.CheckpointAr
     try:
         with ocp.CheckpointManager(folder) as manager:
             found = manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
-        if "state" in items:
-            _verify(found.state, found.meta)
+        _verify(found.state if "state" in items else {}, found.meta)
         return found
     except Exception as error:  # of a dozen kinds, as in `restore`
-        why = " ".join(str(error).split())[:200] or type(error).__name__
+        why = _in_short(error)
         raise ValueError(f"{folder / str(step)}: cannot be read ({why}); take another step") from None
 
 
+def _in_short(error: Exception) -> str:
+    """What Orbax or tensorstore raise, in a line."""
+    return " ".join(str(error).split()).split(". See full")[0].split(" [source locations")[0][:200] or type(error).__name__
+
+
 def _verify(state: State, meta: dict[str, Any]) -> None:
+    """Raises ValueError where a state, or a part of one, or `meta` is not what was saved."""
+    written = meta.pop("digest", None)  # none: by a program from before there was one
+    if written is not None and written != fingerprint(meta):
+        raise ValueError("its metadata are not those that were saved")
     for name, value in checksums(state).items():
         if value != meta["checksums"].get(name):
             raise ValueError(f"the checksum of {name} is {value}, not {meta['checksums'].get(name)}")

@@ -35,6 +35,13 @@ class Run:
     seed: int = 0
     """Of all that is drawn: which rows are held out, the order of the others, and the random key of every sampled token. From 0
     to 2147483647."""
+    time_limit: float | None = None
+    """Minutes from the start after which the machine is taken away: the run saves and ends before, with exit code 75, and the
+    same command goes on. For machines that send no SIGTERM; a last minute (of short limits, a tenth) is kept for saving, and no
+    step is begun that would take longer than is left. Left out: no limit."""
+    watchdog: float = 30.0
+    """Minutes in which nothing moves after which the stacks of all threads are written to `stalls.txt` in the run's folder, and
+    again as often as they pass; the run is left alone. More where one optimizer step takes as long. 0: off."""
     tensorboard: bool = True
     """Also write the metrics as TensorBoard events, under `tensorboard/` in the run's folder."""
 
@@ -162,6 +169,9 @@ class Optimizer:
     """Decay of Adam's first moment."""
     b2: float = 0.999
     """Decay of Adam's second moment."""
+    skips: int = 5
+    """Optimizer steps in a row that may be left out because their loss, gradient or log-probs were not finite; at one more the
+    run stops. They are counted (`learner/skipped`), and what they would have learned from is kept in the run's folder."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """How Adam's moments are kept. bfloat16 takes 4 bytes a parameter instead of 8, where memory is short; the second moment,
     rounded at random in every step, then scatters by a few per cent."""
@@ -312,7 +322,8 @@ class SftConfig:
 Config = TypeVar("Config", TrainConfig, SftConfig)
 
 OPERATIONAL = (
-    "run.dir", "run.steps", "run.epochs", "run.tensorboard", "rollout.decode_steps_per_call", "rollout.rows", "rollout.tensor",
+    "run.dir", "run.steps", "run.epochs", "run.time_limit", "run.watchdog", "run.tensorboard",
+    "rollout.decode_steps_per_call", "rollout.rows", "rollout.tensor", "optimizer.skips",
     "reward.workers", "reward.timeout",
     "learner.tokens_per_microbatch", "learner.remat", "learner.attention", "learner.offload",
     "mesh.", "hosts.", "checkpoint.", "validation.", "export.",
@@ -327,6 +338,7 @@ _FROM_0 = (
     "reward.workers",
     "hosts.index",
     "lora.rank",
+    "optimizer.skips",
     "validation.every",
     "validation.limit",
 )  # whole numbers; the others start at 1

@@ -202,6 +202,11 @@ class Progress:
             self._phase_began = time.monotonic()
         self._phase = (name, done, total)
 
+    def where(self) -> str:
+        """The step and phase at work, in words that change whenever something moves. Other threads may ask."""
+        name, done, total = self._phase or ("between two phases", None, None)
+        return f"step {self._at + 1}, {name}" + ("" if done is None else f" {done}" if total is None else f" {done}/{total}")
+
     def step(self, metrics: Mapping[str, Number]) -> None:
         """Shows the metrics of the step that has just ended; off a terminal, prints them as a line."""
         self._at = metrics["step"]

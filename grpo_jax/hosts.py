@@ -5,7 +5,8 @@
     gather      what every host has to say, on every host
     together    one function on every host; the error of one is the error of all
     agree       what must be the same on all of them
-    Stop        a wish to stop (SIGTERM, SIGINT) on one host, known to all
+    Stop        a wish to stop (SIGTERM, SIGINT, a time limit) on one host, known to all
+    halt        stops here, on all hosts, where one was asked to
 
 The learner is one program over all devices. Sampling and rewards are each host's own; in between, the hosts give each other
 their groups whole, a few megabytes, so that every host knows the same batch, packs it alike and counts the same metrics.
@@ -19,9 +20,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,9 +38,11 @@ from jax.experimental import multihost_utils
 from grpo_jax import config, console
 
 HEARTBEAT = 30  # seconds; JAX's own 100 would let a job of many GPUs wait for as long
+RESERVE = 60  # seconds of --run.time_limit kept for saving; of short limits, a tenth
 STOPPED = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h
 _PATIENCE = 300  # seconds that hosts wait for each other at the start
 _CHUNK = 2**25  # bytes that a host gives the others at a time: they pass through the memory of its devices
+_SAME = 0.2  # seconds within which two signals are one that came twice: to a group of processes, and passed on by its leader
 _STOP = "grpo_jax/stop"  # a folder in the store of JAX's runtime
 
 Item = TypeVar("Item")
@@ -215,27 +221,56 @@ def free_memory() -> int | None:
 
 
 class Stop:
-    """Takes SIGTERM and SIGINT: the first asks the run to stop at the next place where nothing is lost, a second ends it.
+    """Takes SIGTERM and SIGINT, as a context manager: the first asks the run to stop at the next place where nothing is lost, a
+    second ends the process at once. When `minutes` since `began` (of time.monotonic) are nearly over, that asks, too.
 
-    To be made after `start`, whose runtime would take the signals over.
+    A thread hears them, because Python's own handlers wait while the main thread is within a compilation or on the device. To
+    be entered after `start`, whose runtime would take the signals over, and on the main thread.
     """
 
-    def __init__(self) -> None:
-        self._asked, self._say = False, ""  # said by `asked`: a handler may stand within another line's printing
-        self._before = {one: signal.signal(one, self._take) for one in (signal.SIGTERM, signal.SIGINT)}
+    def __init__(self, minutes: float | None = None, began: float = 0.0):
+        self.nothing_to_lose = ""  # while all that was done is saved: what to say, on the one host there is, and leave at once
+        self._asked, self._say = False, ""
+        self._signalled: float | None = None  # when this process was, first
+        self._deadline = math.inf if minutes is None else began + 60 * minutes - min(RESERVE, 6 * minutes)
 
-    def _take(self, number: int, _frame: Any) -> None:
-        self.release()  # a second signal is not waited for
-        self._asked, self._say = True, signal.Signals(number).name
+    def __enter__(self) -> Stop:
+        self._ear, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)
+        self._before = {one: signal.signal(one, lambda *_: None) for one in (signal.SIGTERM, signal.SIGINT)}
+        self._woken = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        return self
 
-    def release(self) -> None:
-        """Gives the signals back to those who had them."""
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._woken)
         for one, handler in self._before.items():
             signal.signal(one, handler)
+        self._mouth.close()  # which ends the thread
 
-    def asked(self) -> bool:
-        """Whether this host was asked, or heard that another was."""
+    def _listen(self) -> None:
+        while numbers := self._ear.recv(64):  # those that came together are one
+            ours = [number for number in numbers if number in self._before]
+            if ours:
+                self._take(signal.Signals(ours[0]))
+        self._ear.close()
+
+    def _take(self, number: signal.Signals) -> None:
+        now = time.monotonic()
+        if self._signalled is not None and now - self._signalled > _SAME:
+            _leave(f"{number.name} again: ended at once", 128 + number)
+        if self.nothing_to_lose and not jax.distributed.is_initialized():
+            _leave(f"{number.name}: {self.nothing_to_lose}", STOPPED)
+        if self._signalled is None:
+            self._signalled = now
+            if not self._asked:
+                self._asked, self._say = True, number.name
+
+    def asked(self, ahead: float = 0.0) -> bool:
+        """Whether this host was asked, or heard that another was, or has less than `ahead` seconds left of its time limit."""
         client, how = _client(), "stopping, to be resumed by the same command; a second signal ends it at once"
+        if not self._asked and time.monotonic() + ahead > self._deadline:
+            self._asked, self._say = True, "the time limit is near"
         if self._say:
             console.warn(f"{self._say}: {how}")
             self._say = ""
@@ -245,6 +280,19 @@ class Stop:
             self._asked = True
             console.warn(f"another host was asked to stop: {how}")
         return self._asked
+
+
+def halt(stop: Stop, ahead: float = 0.0) -> None:
+    """Raises Stopped, on all hosts, where one was asked to stop, or will be within `ahead` seconds by its time limit."""
+    if any(asked for asked, _ in gather(stop.asked(ahead))):
+        raise Stopped
+
+
+def _leave(text: str, code: int) -> NoReturn:
+    """Ends the process, whatever its other threads are at."""
+    shown = b"\x1b[?25h\n" if os.isatty(2) else b""  # the cursor, which the display hides
+    os.write(2, shown + text.encode() + b"\n")
+    os._exit(code)
 
 
 def _client() -> Any:

@@ -199,12 +199,20 @@ def accumulate(
 def apply(
     optimizer: optax.GradientTransformation, params: Params, state: optax.OptState, sums: Sums
 ) -> tuple[Params, optax.OptState, dict[str, Array]]:
-    """One optimizer step; parameters and state are donated. Also returns the sums' scalars and the gradient's norm."""
+    """One optimizer step; parameters and state are donated. Also returns the sums' scalars and the gradient's norm.
+
+    Where loss, gradient or the log-probs of learner or sampler are not finite, parameters and state come back as they were, and
+    "skipped" is 1, else 0.
+    """
     count = jnp.maximum(sums.count, 1)
     gradient = jax.tree.map(lambda g: g / count.astype(g.dtype), sums.gradient)
-    updates, state = optimizer.update(gradient, state, params)
+    norm = optax.tree.norm(gradient)
+    sound = jnp.isfinite(sums.loss) & jnp.isfinite(sums.mismatch) & jnp.isfinite(norm)
+    updates, after = optimizer.update(gradient, state, params)
+    chosen = lambda new, old: jax.tree.map(functools.partial(jnp.where, sound), new, old)  # noqa: E731
     scalars = {f.name: getattr(sums, f.name) for f in fields(sums) if f.name != "gradient"}
-    return optax.apply_updates(params, updates), state, {**scalars, "grad_norm": optax.tree.norm(gradient)}
+    scalars |= {"grad_norm": norm, "skipped": 1 - sound.astype(norm.dtype)}
+    return chosen(optax.apply_updates(params, updates), params), chosen(after, state), scalars
 
 
 def update(
@@ -232,7 +240,14 @@ def update(
 
 
 def step_metrics(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The metrics of a rollout from what its optimizer steps returned, in order: sums over all of them, divided once."""
+    """The metrics of a rollout from what its optimizer steps returned, in order: sums over all of them, divided once.
+
+    Steps that were skipped are counted, and in nothing else.
+    """
+    skipped = {"learner/skipped": sum(int(s["skipped"]) for s in steps)}
+    steps = [s for s in steps if not s["skipped"]]
+    if not steps:
+        return skipped
     total = lambda name: sum(float(s[name]) for s in steps)  # noqa: E731
     tokens = max(total("tokens"), 1.0)
     first = steps[0]  # later ones compare the sampler with a policy that has moved on
@@ -244,6 +259,7 @@ def step_metrics(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "grad_norm": total("grad_norm") / len(steps),
         "rollout/logp_mismatch": float(first["mismatch"]) / max(float(first["tokens"]), 1.0),
         "rollout/logp_mismatch_max": float(first["mismatch_max"]),
+        **skipped,
     }
 
 

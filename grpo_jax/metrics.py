@@ -8,22 +8,26 @@
 
 metrics.jsonl is the source of truth; console, TensorBoard and curves show what it holds. The row of step s (from 1)
 describes step s; a validation before the first step is a row of step 0. A run that starts again from the checkpoint of
-step s keeps the rows up to s, byte for byte, and writes those after it anew; so row s must be logged before the saving
-of checkpoint s begins. A process killed while it writes leaves a line without an end, and only at the end of the file.
+step s keeps the rows up to s, byte for byte, and writes those after it anew; so row s must be on the disk (`Log.sync`) before
+the saving of checkpoint s begins. A process killed while it writes leaves a line without an end, and only at the end of the
+file. Rows that a full disk does not take wait in memory, and are written with the next.
 
 Sums are exactly rounded (`math.fsum`), so that no metric depends on the order of the groups.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import json
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,10 +36,11 @@ from grpo_jax.reward import REASONS, Scored
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from tensorboardX import SummaryWriter
+    from tensorboardX.event_file_writer import EventsWriter
 
 Number = float | int | None
 
+_MOST_WAITING = 2**30  # bytes of rows that may wait for room on the disk
 PANELS = (
     ("kl/mean", "KL to the initial policy"),
     ("response_tokens/mean", "response length, mean (tokens)"),
@@ -82,12 +87,16 @@ def summarize(groups: Sequence[Group], scored: Sequence[Sequence[Scored]]) -> di
 
 
 class Log:
-    """The files of a run's folder that grow by rows. One process writes them; readers may look at any time."""
+    """The files of a run's folder that grow by rows. One process writes them; readers may look at any time.
 
-    def __init__(self, metrics: BinaryIO, rollouts: BinaryIO, board: SummaryWriter | None):
+    `problem` is why rows wait in memory, or why TensorBoard's events have ended; "" where all is well.
+    """
+
+    def __init__(self, metrics: _Growing, rollouts: _Growing, board: EventsWriter | None):
         self._metrics = metrics
         self._rollouts = rollouts
         self._board = board
+        self.problem = ""
 
     @classmethod
     def open(cls, run_dir: str | Path, resume_step: int, tensorboard: bool, pending: bool = False) -> Log:
@@ -102,32 +111,109 @@ class Log:
         paths = [folder / "metrics.jsonl", folder / "rollouts.jsonl"]
         _keep(paths[0], resume_step - pending if resume_step else None)
         _keep(paths[1], resume_step or None)
-        board = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter  # costs a second, and not every run wants it
-
-            board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
-        return cls(*(path.open("ab") for path in paths), board)
+        board = _board(folder / "tensorboard", resume_step + 1 if resume_step else 0) if tensorboard else None
+        return cls(*map(_Growing, paths), board)
 
     def step(self, metrics: Mapping[str, Number]) -> None:
         """Writes the row of one step; it survives the process. "step" is an int; numbers not finite become null."""
         row = plain(metrics)
-        _append(self._metrics, [row])
+        self._metrics.add([row])
+        self._write()
         if self._board:
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    self._board.add_scalar(name, value, row["step"])
-            self._board.flush()
+            from tensorboardX.proto.event_pb2 import Event
+            from tensorboardX.summary import scalar
+
+            shown = {name: value for name, value in row.items() if name != "step" and value is not None}
+            try:
+                for name, value in shown.items():
+                    self._board.write_event(Event(wall_time=time.time(), step=row["step"], summary=scalar(name, value)))
+                self._board.flush()
+            except OSError as error:
+                self._board = None
+                self.problem = self.problem or f"TensorBoard's events end here: {error.strerror}"
 
     def rollouts(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes one row a group, each with its "step". Texts may hold anything, lone surrogates too."""
-        _append(self._rollouts, [plain(row) for row in rows])
+        self._rollouts.add([plain(row) for row in rows])
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            for file in (self._rollouts, self._metrics):
+                file.write()
+            self.problem = ""
+        except OSError as error:
+            waiting = self._metrics.waiting + self._rollouts.waiting
+            if len(waiting) > _MOST_WAITING:
+                raise
+            self.problem = f"{len(waiting):,} bytes of metrics and rollouts wait in memory: {error.strerror}"
+
+    def sync(self) -> bool:
+        """Brings all rows to the disk itself, so that they outlast the machine's power; False where some still wait."""
+        self._write()
+        return all(file.sync() for file in (self._metrics, self._rollouts))
 
     def close(self) -> None:
-        self._metrics.close()
-        self._rollouts.close()
-        if self._board:
-            self._board.close()
+        self._write()
+        for file in (self._metrics, self._rollouts, self._board):
+            if file:
+                with contextlib.suppress(OSError):  # TensorBoard's, once more
+                    file.close()
+
+
+class _Growing:
+    """A file that grows by rows, whole ones only as long as the process lives."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("ab", buffering=0)
+        self._length = self._file.tell()  # of the rows that are written
+        self.waiting = b""
+
+    def add(self, rows: Sequence[dict]) -> None:
+        """Has rows written by the next `write`."""
+        for row in rows:
+            if not isinstance(row.get("step"), int):
+                raise ValueError(f'a row for {self._file.name} needs a whole number under "step"; it has {row.get("step")!r}')
+        self.waiting += b"".join(json.dumps(row, allow_nan=False).encode("ascii") + b"\n" for row in rows)
+
+    def write(self) -> None:
+        """Writes what is waiting. Raises OSError where it cannot; it then is still waiting, and no part of it written."""
+        left = memoryview(self.waiting)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            os.ftruncate(self._file.fileno(), self._length)
+            raise
+        self._length += len(self.waiting)
+        self.waiting = b""
+
+    def sync(self) -> bool:
+        """Whether all is on the disk, after having seen to it."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that know no such thing
+                return False
+        return not self.waiting
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _board(folder: Path, purge_step: int) -> EventsWriter:
+    """A file of TensorBoard's events; those of earlier files from `purge_step` on are hidden.
+
+    Not tensorboardX's SummaryWriter: its thread dies of a full disk, and the next that hands it an event waits for ever.
+    """
+    from tensorboardX.event_file_writer import EventsWriter  # costs a second, and not every run wants it
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    folder.mkdir(exist_ok=True)
+    board = EventsWriter(str(folder / "events"))
+    board.write_event(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+    board.flush()
+    return board
 
 
 def read(path: str | Path) -> list[dict]:
@@ -176,14 +262,6 @@ def _keep(path: Path, last: int | None) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def _append(file: BinaryIO, rows: Sequence[dict]) -> None:
-    for row in rows:
-        if not isinstance(row.get("step"), int):
-            raise ValueError(f'a row for {file.name} needs a whole number under "step"; it has {row.get("step")!r}')
-    file.write(b"".join(json.dumps(row, allow_nan=False).encode("ascii") + b"\n" for row in rows))
-    file.flush()
 
 
 def plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
     begin        what a run needs besides its weights, read on every host and alike on all
     open_run     the weights and the run's state on the devices, from its newest checkpoint where there is one
     guarded      around the loop: what is kept when a run is asked to stop, is interrupted or fails
+    update       an optimizer step on the run's state; one that is not finite is left out, noted, and stops the run in the end
     end_step     a step's row is logged, its state saved when it is time
     finish       the Hugging Face folder, the curves, the page of the run
 
@@ -11,13 +12,14 @@ All of it is called by all hosts together.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -28,18 +30,26 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from grpo_jax import checkpoint, console, hosts, inputs, learner, metrics, packing
+from grpo_jax import checkpoint, console, hosts, inputs, learner, metrics, packing, watchdog
 from grpo_jax import config as configs
 from grpo_jax import mesh as meshes
-from grpo_jax.group import Group
-from grpo_jax.inputs import Policy, Tasks
+from grpo_jax.group import Group, flat
+from grpo_jax.inputs import Policy, Task, Tasks
 from grpo_jax.learner import Objective
-from grpo_jax.packing import Packed
+from grpo_jax.packing import Pack, Packed
 from grpo_jax.report import page
 from models import decoder, hf, lora
 from models.decoder import DecoderConfig, Params
 
-_BEGAN = time.perf_counter()
+LEAST_ENTROPY = 1e-3  # nats a token, below which the policy has all but one response to a prompt
+MOST_TRUNCATED = 0.5  # share of responses that are cut at the length limit
+STUCK = 5  # steps in a row whose responses all had one reward
+KEPT_SKIPS = 10  # batches kept under skipped/
+BEGAN = time.monotonic()
+
+
+class Diverged(ValueError):
+    """Too many optimizer steps in a row were not finite; the same on all hosts."""
 
 
 @dataclass
@@ -63,6 +73,11 @@ class Run:
     checkpoints: checkpoint.Checkpoints
     lock: IO[str] | None  # held while it is open, by the first host
     stop: hosts.Stop
+    whole: bool = True  # whether `state` is that after `step`, and not within the next
+    skipped: int = 0  # optimizer steps in a row, up to now, that were left out
+    stuck: int = 0  # steps in a row, up to now, whose responses all had one reward
+    longest: float = 0.0  # seconds of a step, validation and all; the first, which compiles, left out
+    ended: float | None = None  # when the last step did, of time.monotonic
     said: set[str] = field(default_factory=set)  # what is said once
 
 
@@ -99,11 +114,23 @@ def begin(config: Any, read_tasks: Callable[[Policy], Tasks], longest: int, opti
     return ready
 
 
-def open_run(config: Any, program: str, ready: Ready, objective: Objective, optimizer_steps: int) -> Run:
+def open_run(config: Any, program: str, ready: Ready, objective: Objective, optimizer_steps: int, stop: hosts.Stop) -> Run:
     """Loads the weights, and resumes the run from its newest whole checkpoint, or begins it.
 
-    Raises ValueError where model, tokenizer or data changed since, and where every checkpoint is damaged.
+    Raises ValueError where model, tokenizer or data changed since, where every checkpoint is damaged, and where another process
+    is at work on the run.
     """
+    lock = hosts.together(lambda: checkpoint.claim(config.run.dir) if hosts.is_main() else None)
+    try:
+        return _open(config, program, ready, objective, optimizer_steps, stop, lock)
+    except BaseException:
+        if lock:
+            lock.close()
+        raise
+
+
+def _open(config, program, ready, objective, optimizer_steps, stop, lock) -> Run:
+    """See `open_run`; the folder is this process's own."""
     policy, tasks, mesh, local = ready.policy, ready.tasks, ready.mesh, ready.local
     folder = Path(config.run.dir)
     changed = checkpoint.compare(config, program)
@@ -133,9 +160,9 @@ def open_run(config: Any, program: str, ready: Ready, objective: Objective, opti
         reference = jax.tree.map(jnp.copy, learner.cast(params, objective.dtype)) if objective.kl_coefficient else None
     if config.learner.offload in ("reference", "both") and reference is not None:
         reference = meshes.moved(reference, "pinned_host")
-    checkpoints = checkpoint.Checkpoints(config.run.dir, config.checkpoint.keep)
+    checkpoints = checkpoint.Checkpoints(config.run.dir, config.checkpoint.keep, console.warn)
     # The optimizer's state is made only where there is none to restore, or there would be two for a while.
-    restored = checkpoints.restore({"params": params, "optimizer": learner.state_shapes(optimizer, params)}, console.warn)
+    restored = checkpoints.restore({"params": params, "optimizer": learner.state_shapes(optimizer, params)})
     if restored is None:
         state = {"params": params, "optimizer": learner.init_state(optimizer, params)}
     else:
@@ -151,7 +178,7 @@ def open_run(config: Any, program: str, ready: Ready, objective: Objective, opti
             meta["resolved"] = restored.meta["resolved"]
     if config.learner.offload in ("optimizer", "both"):
         state["optimizer"] = meshes.moved(state["optimizer"], "pinned_host")
-    lock = hosts.together(lambda: checkpoint.claim(config, program) if hosts.is_main() else None)
+    hosts.together(lambda: checkpoint.record(config, program) if hosts.is_main() else None)
     hosts.together(lambda: hosts.wait_for(folder / "config.json"))
     step = restored.step if restored else 0
     if restored is not None:
@@ -169,7 +196,7 @@ def open_run(config: Any, program: str, ready: Ready, objective: Objective, opti
     )
     return Run(
         config, policy, mesh, local, state, frozen, reference, objective, kernel, optimizer, schedule, step, meta, log,
-        checkpoints, lock, hosts.Stop(),
+        checkpoints, lock, stop,
     )  # fmt: skip
 
 
@@ -182,41 +209,125 @@ def weights(run: Run, dtype: str | None = None) -> Params:
 
 
 @contextmanager
+def stoppable(settings: configs.Run) -> Iterator[hosts.Stop]:
+    """Around all of a program, once hosts are joined: who hears signals and the time limit."""
+    with hosts.Stop(settings.time_limit, BEGAN) as stop:
+        stop.nothing_to_lose = "nothing was begun that is not saved; the same command goes on"
+        yield stop
+
+
+@contextmanager
 def guarded(run: Run) -> Iterator[None]:
-    """Around the loop. A run that was asked to stop saves its last whole step and exits with `hosts.STOPPED`; one that is
-    interrupted or fails waits for its last save, unless there are other hosts, which would not come to it."""
+    """Around the loop. However it ends, the last whole step is saved and the folder let go of; a run that was asked to stop
+    exits with `hosts.STOPPED`. Where one of several hosts fails, the others would not come to the save: they do without."""
     try:
         yield
     except hosts.Stopped:
-        if run.step and (run.step != run.checkpoints.latest):
-            save(run)
-        run.checkpoints.close()
-        if run.log:
-            run.log.close()
-            run.lock.close()
-        console.note(f"stopped after step {run.step}; the same command goes on from there")
+        _keep(run)
+        kept = run.checkpoints.latest
+        lost = f" (step {kept} is the newest that could be saved)" if kept < run.step else ""
+        console.note(f"stopped after step {run.step}; the same command goes on from there{lost}")
         raise SystemExit(hosts.STOPPED) from None
-    except BaseException:
-        if jax.process_count() == 1:
-            run.checkpoints.close()
+    except BaseException as error:
+        if jax.process_count() == 1 or isinstance(error, Diverged):
+            _keep(run)
         raise
-    finally:
-        run.stop.release()
     run.checkpoints.close()
+    if any(asked for asked, _ in hosts.gather(run.stop.asked())):
+        console.note(f"stopped after step {run.step}, the last; the same command writes the model")
+        raise SystemExit(hosts.STOPPED)
+    if run.checkpoints.latest == run.step:
+        run.stop.nothing_to_lose = "all steps are saved; the same command writes the model"
+
+
+def _keep(run: Run) -> None:
+    """Saves the last whole step, if it is not saved, and lets go of the folder."""
+    run.checkpoints.wait()
+    if run.whole and run.step > run.checkpoints.latest:
+        save(run)
+    run.checkpoints.close()
+    if run.log:
+        run.log.close()
+        run.lock.close()
 
 
 def save(run: Run) -> None:
-    """Starts saving the state as that after `run.step`."""
+    """Starts saving the state as that after `run.step`, once its rows are on the disk."""
+    waiting = run.log is not None and not run.log.sync()
+    if any(told for told, _ in hosts.gather(waiting)):
+        newest = run.checkpoints.latest
+        console.warn(f"step {run.step} is not saved (the newest is step {newest}), and the run goes on: see to room and rights")
+        return
     run.checkpoints.save(run.step, run.state, run.meta)
 
 
 def end_step(run: Run, show: console.Progress, row: dict[str, Any], last: bool) -> None:
-    """Logs the row of a step that is whole, and saves where it is time, or the `last`."""
+    """Logs the row of a step that is whole, and saves where it is time, or the `last`. Raises Diverged."""
     report(run, show, row)
-    run.step = row["step"]
+    run.step, run.whole = row["step"], True
     run.meta.pop("pending", None)
+    now = time.monotonic()
+    if run.ended is not None:
+        run.longest = max(run.longest, now - run.ended)
+    run.ended = now
+    run.checkpoints.poll()
     if last or run.step % run.config.checkpoint.every == 0:
         save(run)
+    if run.skipped > run.config.optimizer.skips:
+        raise Diverged(
+            f"{run.skipped} optimizer steps in a row were not finite, the last in step {run.step}; nothing of them was "
+            f"learned, and {Path(run.config.run.dir) / 'skipped'} has their batches. In a new run lower "
+            "--optimizer.learning_rate; to go on past these batches, start the same command with a higher --optimizer.skips"
+        )
+
+
+def watching(run: Run, show: console.Progress) -> AbstractContextManager[None]:
+    """The watchdog of this host, around the loop."""
+    name = f"stalls{'' if hosts.is_main() else f'-{jax.process_index()}'}.txt"
+    return watchdog.watching(Path(run.config.run.dir) / name, run.config.run.watchdog, show.where, console.warn)
+
+
+def update(run: Run, objective: Objective, packs: Sequence[Pack]) -> dict[str, Any]:
+    """One optimizer step from the micro-batches of a mini-batch; changes `run.state`. Returns what grpo_jax.learner.apply does,
+    on the host."""
+    run.whole, run.stop.nothing_to_lose = False, ""
+    params, optimizer, sums = learner.update(
+        run.policy.model, objective, run.optimizer, run.state["params"], run.state["optimizer"], packs, run.frozen
+    )
+    run.state = {"params": params, "optimizer": optimizer}
+    sums = jax.device_get(sums)
+    run.skipped = run.skipped + 1 if sums["skipped"] else 0
+    return sums
+
+
+def note_skipped(
+    run: Run, step: int, done: Sequence[Mapping[str, Any]], tasks: Sequence[Task], groups: Sequence[Group]
+) -> None:
+    """Warns of the optimizer steps of a step that were left out, and keeps its batch: `skipped/step-N.npz`, the arrays of
+    grpo_jax.group.flat with prompts and advantages, and under "about", in JSON, the rows' ids and what came of each update."""
+    left_out = [i for i, sums in enumerate(done) if sums["skipped"]]
+    if not left_out or not hosts.is_main():
+        return
+    bad = sorted({name for i in left_out for name, value in done[i].items() if not np.isfinite(value)})
+    folder = Path(run.config.run.dir) / "skipped"
+    row = f" ({run.skipped} in a row up to now; more than {run.config.optimizer.skips} end the run)" if run.skipped else ""
+    console.warn(
+        f"step {step}: {len(left_out)} of {len(done)} optimizer steps left out, for {', '.join(bad)} not finite; its batch is "
+        f"in {folder}{row}"
+    )
+    about = {"step": step, "ids": [task.example.id for task in tasks], "updates": [metrics.plain(sums) for sums in done]}
+    arrays = flat(groups) | {
+        "prompt_length": np.array([len(group.prompt) for group in groups], np.int32),
+        "prompts": np.concatenate([group.prompt for group in groups]),
+        "advantages": np.array([np.zeros(len(g.responses)) if g.advantages is None else g.advantages for g in groups]),
+        "about": np.array(json.dumps(about)),
+    }
+    try:
+        folder.mkdir(exist_ok=True)
+        if len(list(folder.iterdir())) < KEPT_SKIPS:
+            np.savez(folder / f"step-{step}.npz", **arrays)
+    except OSError as error:
+        console.warn(f"{folder}: {error.strerror}")
 
 
 def pack(run: Run, groups: Sequence[Group]) -> Packed:
@@ -241,22 +352,56 @@ def report(run: Run, show: console.Progress, row: dict[str, Any]) -> None:
     row["learning_rate"] = float(run.schedule(max(0, taken - 1)))
     if run.log:
         run.log.step(row)
+        if run.log.problem and "log" not in run.said:
+            run.said.add("log")
+            console.warn(f"{run.config.run.dir}: {run.log.problem}; the run goes on: see to room and rights")
     show.step(row)
     if row["step"] and "started" not in run.said:
         run.said.add("started")
-        console.note(f"the first step was done {time.perf_counter() - _BEGAN:.0f} s after the start, compilation included")
+        console.note(f"the first step was done {time.monotonic() - BEGAN:.0f} s after the start, compilation included")
 
 
 def watch(run: Run, row: Mapping[str, Any]) -> None:
-    """Warns, once a run, where the sampler's log-probs serve as the old ones and are not those of the learner."""
+    """Warns, once a run of each, where training seems to be at an end: see docs/reliability.md."""
+
+    def alarm(name: str, sounds: bool, text: str) -> None:
+        if sounds and name not in run.said:
+            run.said.add(name)
+            console.warn(f"step {row['step']}: {text}")
+
     gap = row.get("rollout/logp_mismatch", 0.0)
-    wrong = not gap <= metrics.MOST_MISMATCH  # nan too
-    if wrong and not run.config.update.recompute_old_logp and "mismatch" not in run.said:
-        run.said.add("mismatch")
-        console.warn(
-            f"step {row['step']}: the log-probs of sampler and learner differ by {gap:.3f} nats a token on average (alarm at "
-            f"{metrics.MOST_MISMATCH}); try --learner.attention tiles, or, in a new run, --update.recompute_old_logp"
-        )
+    alarm(
+        "mismatch",
+        not gap <= metrics.MOST_MISMATCH and not run.config.update.recompute_old_logp,  # nan too
+        f"the log-probs of sampler and learner differ by {gap:.3f} nats a token on average (alarm at {metrics.MOST_MISMATCH}); "
+        "try --learner.attention tiles, or, in a new run, --update.recompute_old_logp",
+    )
+    run.stuck = run.stuck + 1 if row.get("reward/std") == 0 else 0
+    mean = row.get("reward/mean", 0.0)
+    alarm(
+        "stuck",
+        run.stuck >= STUCK,
+        f"all responses of {STUCK} steps had the reward {mean:.3g}, so they teach nothing; "
+        + (
+            "the data holds nothing more to learn"
+            if mean >= 1
+            else "see reason/* in the metrics, and docs/training.md, section 3"
+        ),
+    )
+    entropy = row.get("entropy/mean", math.inf)
+    alarm(
+        "entropy",
+        entropy < LEAST_ENTROPY,
+        f"the entropy has fallen to {entropy:.2g} nats a token (alarm at {LEAST_ENTROPY}): nothing is tried any more; in a new "
+        "run take a lower --optimizer.learning_rate, --loss.clip_high 0.28 or --loss.entropy_coefficient 1e-3",
+    )
+    cut = row.get("response_tokens/truncated_share", 0.0)
+    alarm(
+        "length",
+        cut >= MOST_TRUNCATED,
+        f"{cut:.0%} of the responses were cut at the length limit (alarm at {MOST_TRUNCATED:.0%}), and a cut one is seldom "
+        "right; look at some in rollouts.jsonl, and raise --rollout.max_response_tokens in a new run",
+    )
 
 
 def finish(run: Run) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from data.command_line import plural
@@ -29,16 +28,25 @@ from grpo_jax.run import (
     finish,
     guarded,
     memory,
+    note_skipped,
     open_run,
     pack,
     padding,
     report,
+    stoppable,
+    update,
+    watching,
 )
 
 
 def sft(cfg: SftConfig) -> None:
     """Runs, or resumes, the run of `cfg.run.dir`. Raises ValueError or FileNotFoundError for what a user can mend."""
     hosts.start(cfg.hosts)
+    with stoppable(cfg.run) as stop:
+        _sft(cfg, stop)
+
+
+def _sft(cfg: SftConfig, stop: hosts.Stop) -> None:
     hosts.together(lambda: check(cfg))
     most = cfg.batch.max_tokens
     ready = begin(
@@ -64,34 +72,25 @@ def sft(cfg: SftConfig) -> None:
             ("devices", inputs.devices(ready.mesh, cfg.learner, policy.model)),
         ],
     )
-    run = open_run(cfg, "grpo_jax.sft", ready, objective, steps)
-    with guarded(run), Progress(steps, run.step) as show:
+    run = open_run(cfg, "grpo_jax.sft", ready, objective, steps, stop)
+    with guarded(run), Progress(steps, run.step) as show, watching(run, show):
         if run.step == 0:
             report(run, show, {"step": 0, **validate(run, tasks.validation, show)})
         for step in range(run.step + 1, steps + 1):
-            if any(asked for asked, _ in hosts.gather(run.stop.asked())):
-                raise hosts.Stopped
+            hosts.halt(run.stop, run.longest)
             clock = Clock()
             batch = inputs.batch(tasks.train, cfg.batch.rows_per_step, cfg.run.seed, (step - 1) * cfg.batch.rows_per_step)
             show.phase("update")
             with clock.time("update"):
                 packed = pack(run, [group_of(task) for task in batch])
-                params, optimizer, sums = learner.update(
-                    policy.model,
-                    objective,
-                    run.optimizer,
-                    run.state["params"],
-                    run.state["optimizer"],
-                    packed.packs,
-                    run.frozen,
-                )
-                run.state = {"params": params, "optimizer": optimizer}
-                sums = jax.device_get(sums)
+                sums = update(run, objective, packed.packs)
+            note_skipped(run, step, [sums], batch, [group_of(task) for task in batch])
             row = {
                 "step": step,
                 "epoch": step * len(batch) / len(tasks.train),
                 "loss": float(sums["loss"] / max(sums["count"], 1)),
                 "grad_norm": float(sums["grad_norm"]),
+                "learner/skipped": int(sums["skipped"]),
                 "learner/tokens_per_second": packed.tokens / clock.seconds["update"],
             }
             row |= clock.metrics() | padding([packed]) | memory()

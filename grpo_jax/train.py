@@ -48,11 +48,15 @@ from grpo_jax.run import (
     free_memory,
     guarded,
     memory,
+    note_skipped,
     open_run,
     pack,
     padding,
     report,
+    stoppable,
+    update,
     watch,
+    watching,
 )  # fmt: skip
 from models.decoder import DecoderConfig
 
@@ -60,6 +64,11 @@ from models.decoder import DecoderConfig
 def train(cfg: TrainConfig) -> None:
     """Runs, or resumes, the run of `cfg.run.dir`. Raises ValueError or FileNotFoundError for what a user can mend."""
     hosts.start(cfg.hosts)
+    with stoppable(cfg.run) as stop:
+        _train(cfg, stop)
+
+
+def _train(cfg: TrainConfig, stop: hosts.Stop) -> None:
     found = hosts.together(lambda: check(cfg))
     most = cfg.rollout.max_prompt_tokens
     ready = begin(
@@ -74,10 +83,11 @@ def train(cfg: TrainConfig) -> None:
     hosts.agree(lambda: benchmarks.identity(asked))
     steps = inputs.steps_of(cfg.run, len(tasks.train), cfg.rollout.prompts_per_step)
     introduce(cfg, policy, tasks, asked, steps, ready.mesh)
-    run = open_run(cfg, "grpo_jax.train", ready, objective_of(cfg, ready.mesh, policy.model), steps * minibatches(cfg))
+    objective = objective_of(cfg, ready.mesh, policy.model)
+    run = open_run(cfg, "grpo_jax.train", ready, objective, steps * minibatches(cfg), stop)
     sampling = sampling_of(cfg.rollout, run)
     scoring = workers.opened(cfg.reward.kind, cfg.reward.workers, cfg.reward.timeout)
-    with guarded(run), Progress(steps, run.step) as show, scoring as score_groups:
+    with guarded(run), Progress(steps, run.step) as show, watching(run, show), scoring as score_groups:
         validated = functools.partial(validate, run, tasks.validation, asked, sampling, score_groups, show)
         if "pending" in run.meta:  # it was stopped in the validation of its last step
             row = run.meta["pending"]
@@ -85,13 +95,17 @@ def train(cfg: TrainConfig) -> None:
         elif run.step == 0:
             report(run, show, {"step": 0, **validated()})
         for step in range(run.step + 1, steps + 1):
+            hosts.halt(run.stop, run.longest)
             clock = Clock()
             sampled, batch = draw(run, tasks.train, sampling, score_groups, show, clock, step)
             packed = pack_minibatches(run, batch.groups)
             with clock.time("reference"):
                 minibatch_packs = add_reference(run, [one.packs for one in packed], show)
+            hosts.halt(run.stop)  # from here on the step is ended
             with clock.time("update"):
-                learned = learn(run, minibatch_packs, show)
+                done = learn(run, minibatch_packs, show)
+            learned = learner.step_metrics(done) if done else {}  # else no group had anything to teach
+            note_skipped(run, step, done, batch.tasks, batch.groups)
             taken = place(run) + len(sampled.tasks)
             row = {"step": step, "epoch": taken / len(tasks.train)}
             row |= metrics.summarize(sampled.groups, sampled.scored) | learned
@@ -102,7 +116,7 @@ def train(cfg: TrainConfig) -> None:
             watch_refills(run, row)
             run.meta["place"] = taken
             if step == steps or (cfg.validation.every and step % cfg.validation.every == 0):
-                run.step, run.meta["pending"] = step, metrics.plain(row)
+                run.step, run.whole, run.meta["pending"] = step, True, metrics.plain(row)
                 row |= validated()
             end_step(run, show, row, step == steps)
     finish(run)
@@ -245,19 +259,15 @@ def add_reference(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -
     return jax.block_until_ready([[added(pack) for pack in packs] for packs in minibatch_packs])
 
 
-def learn(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -> dict[str, Any]:
-    """One optimizer step a mini-batch and pass; changes `run.state`."""
+def learn(run: Run, minibatch_packs: list[list[Pack]], show: Progress) -> list[dict[str, Any]]:
+    """One optimizer step a mini-batch and pass, and what came of each; changes `run.state`."""
     done, total = [], run.config.update.passes * len(minibatch_packs)
     for packs in minibatch_packs * run.config.update.passes:
         show.phase("update", len(done), total)
         # GSPO's edges lie within what two programs round in bfloat16; in the first step no program need be asked.
         objective = replace(run.objective, unmoved=run.objective.kind == "gspo" and not done)
-        params, optimizer, sums = learner.update(
-            run.policy.model, objective, run.optimizer, run.state["params"], run.state["optimizer"], packs, run.frozen
-        )
-        run.state = {"params": params, "optimizer": optimizer}
-        done.append(jax.device_get(sums))
-    return learner.step_metrics(done) if done else {}  # no group had anything to teach
+        done.append(update(run, objective, packs))
+    return done
 
 
 def validate(

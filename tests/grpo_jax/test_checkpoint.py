@@ -26,7 +26,7 @@ def shapes(size=8):
 
 
 def saved(folder, *steps):
-    checkpoints = Checkpoints(folder, keep=9)
+    checkpoints = Checkpoints(folder, 9, print)
     for step in steps:
         checkpoints.save(step, state(step), {"resolved": {}})
     checkpoints.close()
@@ -58,7 +58,7 @@ def test_parameters_are_read_where_the_devices_that_wrote_them_are_not(tmp_path)
         "import sys, jax, jax.numpy as jnp; from jax.sharding import NamedSharding, PartitionSpec as P;"
         "from grpo_jax.checkpoint import Checkpoints; mesh = jax.make_mesh((4,), ('x',));"
         "x = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, P('x')));"
-        "c = Checkpoints(sys.argv[1], 1); c.save(1, {'params': {'a': {'b': x}}, 'optimizer': x}, {}); c.close()"
+        "c = Checkpoints(sys.argv[1], 1, print); c.save(1, {'params': {'a': {'b': x}}, 'optimizer': x}, {}); c.close()"
     )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, cwd=ROOT, check=True, capture_output=True)
@@ -70,20 +70,10 @@ def test_a_step_that_is_damaged_twice_is_set_aside_twice(tmp_path):
     warnings = []
     for _ in range(2):
         damage(tmp_path / "checkpoints" / "2")
-        assert Checkpoints(tmp_path, keep=9).restore(state(), warnings.append).step == 1
+        assert Checkpoints(tmp_path, 9, warnings.append).restore(state()).step == 1
         saved(tmp_path, 2)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["1", "2", "damaged-2", "damaged-2-2"] and len(warnings) == 2
-
-
-def test_a_folder_has_one_owner_at_a_time(tmp_path):
-    config = TrainConfig(run=Run(dir=str(tmp_path / "run")))
-    lock = checkpoint.claim(config, "p")
-    with pytest.raises(ValueError, match="another process is at work on this run"):
-        checkpoint.claim(config, "p")
-    lock.close()
-    checkpoint.claim(config, "p").close()
-    assert checkpoint.compare(config, "p") == []
 
 
 def test_a_kill_while_a_folder_is_claimed_leaves_it_free(tmp_path):

@@ -433,6 +433,7 @@ def test_step_metrics_worked_by_hand():
     second = dict(
         count=30, tokens=30, loss=-3.0, kl=3.0, entropy=30.0, clipped=6, mismatch=9.0, mismatch_max=2.0, grad_norm=1.0
     )
+    first["skipped"] = second["skipped"] = 0.0
     assert learner.step_metrics([first, second]) == {
         "loss": 0.05,
         "kl/mean": 0.1,
@@ -441,5 +442,6 @@ def test_step_metrics_worked_by_hand():
         "grad_norm": 2.0,
         "rollout/logp_mismatch": 0.05,
         "rollout/logp_mismatch_max": 0.25,
+        "learner/skipped": 0,
     }
     assert learner.step_metrics([dict.fromkeys(first, 0)]) == dict.fromkeys(learner.step_metrics([first]), 0.0)

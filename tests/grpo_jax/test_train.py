@@ -86,15 +86,6 @@ def test_the_run_learns_something(unbroken):
     assert list(answered) == [0, 3, 6] and {round(3 * share, 9) for share in answered.values()} <= {0, 1, 2, 3}
 
 
-def test_killed_in_step_4_resumes_bit_equal(tiny_model, environment, unbroken, tmp_path):
-    process = subprocess.Popen(command(tiny_model, tmp_path / "run"), env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
-    kill_when(process, lambda: steps_logged(tmp_path / "run") >= 4)  # steps 0 to 3 are logged
-    again = run(command(tiny_model, tmp_path / "run"), environment)
-    assert again.returncode == 0, again.stderr
-    assert "after step 2" in again.stdout or "after step 4" in again.stdout
-    assert_same(tmp_path / "run", unbroken)
-
-
 def test_killed_while_a_save_is_in_flight(tiny_model, environment, unbroken, tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen(command(tiny_model, folder), env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -145,11 +136,12 @@ def test_all_checkpoints_damaged(tiny_model, environment, unbroken, tmp_path):
     folder = shutil.copytree(unbroken, tmp_path / "run")
     for step in (4, 6):
         damage(folder / "checkpoints" / str(step), "truncate")
-    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = lambda: {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}  # noqa: E731
+    before = files()
     again = run(command(tiny_model, folder), environment)
     assert again.returncode == 2
     assert again.stderr.count("\n") == 1 and "every checkpoint is damaged" in again.stderr
-    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert files() == before
 
 
 def test_a_checkpoint_exports_as_the_run_does(environment, unbroken, tmp_path):
@@ -403,15 +395,6 @@ def test_a_row_that_waited_for_its_validation_is_written_once(tiny_model, unbrok
     assert_same(tmp_path / "run", unbroken)
 
 
-def test_a_signal_asks_and_a_second_one_is_not_taken():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    stop = hosts.Stop()
-    assert not stop.asked()
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.asked()
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
 def test_another_dtype_by_another_device_is_noted(tiny_model, tmp_path, monkeypatch, capsys):
     cfg = small(tiny_model, tmp_path / "run", **{"run.steps": 1})
     train.train(cfg)
@@ -455,8 +438,8 @@ def test_the_pool_is_sized_once_a_run(monkeypatch):
 
 def test_a_sampler_that_disagrees_with_the_learner_is_told_once(capsys):
     settings = lambda again: SimpleNamespace(update=config.Update(recompute_old_logp=again))  # noqa: E731
-    state = SimpleNamespace(said=set(), config=settings(False))
-    run_module.watch(SimpleNamespace(said=set(), config=settings(True)), {"step": 0, "rollout/logp_mismatch": 0.5})
+    state = SimpleNamespace(said=set(), stuck=0, config=settings(False))
+    run_module.watch(SimpleNamespace(said=set(), stuck=0, config=settings(True)), {"step": 0, "rollout/logp_mismatch": 0.5})
     for step, gap in ((1, 0.0), (2, metrics.MOST_MISMATCH), (3, float("nan")), (4, 0.06)):
         run_module.watch(state, {"step": step, "rollout/logp_mismatch": gap})
     run_module.watch(state, {"step": 5})  # a step in which no group had anything to teach
