@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from data import prompt
 from data.example import Example
-from grpo_jax import batch, checkpoint, config, hosts, inputs, mesh, rollout
+from grpo_jax import batch, checkpoint, config, hosts, inputs, mesh, reward, rollout
 from grpo_jax.group import Group
 from grpo_jax.inputs import Policy, Task
 from grpo_jax.reward import Response
@@ -87,7 +87,7 @@ def respond(
     def ended(index: int, group: Group) -> None:
         place = fit[index]
         # A reward that hands back what it is given: so the texts are those that training scores.
-        _, [answered[place]] = batch.score(policy, [tasks[index]], [group], lambda responses, example: responses)
+        _, [answered[place]] = batch.score(policy, [tasks[index]], [group], reward.each(lambda responses, example: responses))
         finished(place, text(group.prompt), answered[place])
 
     for place in sorted({*range(len(examples))} - {*fit}):
