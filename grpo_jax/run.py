@@ -234,6 +234,7 @@ def guarded(run: Run) -> Iterator[None]:
         raise
     run.checkpoints.close()
     if any(asked for asked, _ in hosts.gather(run.stop.asked())):
+        _keep(run)
         console.note(f"stopped after step {run.step}, the last; the same command writes the model")
         raise SystemExit(hosts.STOPPED)
     if run.checkpoints.latest == run.step:
