@@ -44,6 +44,7 @@ _PATIENCE = 300  # seconds that hosts wait for each other at the start
 _CHUNK = 2**25  # bytes that a host gives the others at a time: they pass through the memory of its devices
 _SAME = 0.2  # seconds within which two signals are one that came twice: to a group of processes, and passed on by its leader
 _STOP = "grpo_jax/stop"  # a folder in the store of JAX's runtime
+_ANOTHER = "another host was asked to stop"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -278,13 +279,20 @@ class Stop:
             client.key_value_set(f"{_STOP}/{jax.process_index()}", "", allow_overwrite=True)
         elif client is not None and client.key_value_dir_get(_STOP):
             self._asked = True
-            console.warn(f"another host was asked to stop: {how}")
+            console.warn(f"{_ANOTHER}: {how}")
         return self._asked
+
+    def told(self) -> None:
+        """Another host was asked to stop, and this one may not have heard of it yet."""
+        if not self._asked:
+            self._asked, self._say = True, _ANOTHER
+            self.asked()
 
 
 def halt(stop: Stop, ahead: float = 0.0) -> None:
     """Raises Stopped, on all hosts, where one was asked to stop, or will be within `ahead` seconds by its time limit."""
     if any(asked for asked, _ in gather(stop.asked(ahead))):
+        stop.told()
         raise Stopped
 
 

@@ -200,7 +200,7 @@ def test_the_first_failure_of_each_reason_is_shown_once(capsys):
 
 
 @pytest.mark.parametrize("name", ["hangs", "dies"])
-def test_a_run_goes_on(name, tiny_model, tmp_path, capsys, quick):
+def test_a_run_goes_on(name, tiny_model, tmp_path, capsys):
     options = {"reward.kind": f"{HERE}:{name}", "reward.timeout": 2, "reward.workers": 2, "rollout.prompts_per_step": 4}
     train.train(small(tiny_model, tmp_path / "run", **options))
     reason = {"hangs": TIMEOUT, "dies": CRASH}[name]
@@ -214,7 +214,7 @@ def test_a_run_goes_on(name, tiny_model, tmp_path, capsys, quick):
     assert (tmp_path / "run" / "hf" / "model.safetensors").exists()
 
 
-def test_a_run_is_the_same_with_workers_as_without(tiny_model, tmp_path, quick):
+def test_a_run_is_the_same_with_workers_as_without(tiny_model, tmp_path):
     for count in (0, 2):
         options = {"reward.kind": f"{HERE}:raises", "reward.workers": count, "validation.limit": 4}
         train.train(small(tiny_model, tmp_path / str(count), **options))

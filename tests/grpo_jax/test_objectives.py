@@ -112,7 +112,16 @@ def test_what_differs_by_no_token_is_ppo(x64):
 
 def test_metrics_are_means_over_tokens_whatever_the_mean_of_the_loss():
     step = dict(
-        loss=6.0, count=3.0, tokens=30.0, kl=3.0, entropy=15.0, clipped=6.0, mismatch=0.3, mismatch_max=0.1, grad_norm=2.0
+        loss=6.0,
+        count=3.0,
+        tokens=30.0,
+        kl=3.0,
+        entropy=15.0,
+        clipped=6.0,
+        mismatch=0.3,
+        mismatch_max=0.1,
+        grad_norm=2.0,
+        skipped=0,
     )
     found = learner.step_metrics([{k: np.float32(v) for k, v in step.items()}])
     want = {"loss": 2.0, "kl/mean": 0.1, "entropy/mean": 0.5, "clip_fraction": 0.2, "rollout/logp_mismatch": 0.01}

@@ -78,7 +78,9 @@ ADAPTERS = {
 @pytest.fixture(scope="module")
 def adapted(tiny_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "adapted"
+    jax.config.update("jax_disable_most_optimizations", False)  # how much is rounded is to be that of real runs
     train.train(small(tiny_model, folder, **ADAPTERS, **{"run.steps": 3, "validation.limit": 4}))
+    jax.config.update("jax_disable_most_optimizations", True)
     return folder
 
 
@@ -89,7 +91,7 @@ def test_adapters_learn_and_the_model_beside_them_is_the_reference(adapted):
     assert all(row["rollout/logp_mismatch_max"] < 1e-4 for row in found[1:])  # merged or beside it: rounding
 
 
-def test_a_run_of_adapters_that_is_continued_ends_like_one_that_was_not_stopped(tiny_model, adapted, tmp_path):
+def test_a_run_of_adapters_that_is_continued_ends_like_one_that_was_not_stopped(tiny_model, adapted, tmp_path, optimized):
     folder = tmp_path / "run"
     train.train(small(tiny_model, folder, **ADAPTERS, **{"run.steps": 1, "validation.limit": 4}))
     train.train(small(tiny_model, folder, **ADAPTERS, **{"run.steps": 3, "validation.limit": 4}))
@@ -99,7 +101,7 @@ def test_a_run_of_adapters_that_is_continued_ends_like_one_that_was_not_stopped(
         assert (folder / file).read_bytes() == (adapted / file).read_bytes(), file
 
 
-def test_a_checkpoint_holds_the_adapters_alone_and_exports_as_the_run_does(tiny_model, adapted, tmp_path):
+def test_a_checkpoint_holds_the_adapters_alone_and_exports_as_the_run_does(tiny_model, adapted, tmp_path, optimized):
     names = checkpoint.read_meta(adapted)["checksums"]
     assert len([name for name in names if name.startswith("params/")]) == 6  # two factors of three targets
     assert len([name for name in names if "/mu/" in name]) == 6
