@@ -50,8 +50,6 @@ PANELS = (
     ("entropy/mean", "entropy (nats a token)"),
 )
 SFT_PANELS = (("loss", "loss (nats a token)"), ("val/loss", "validation loss (nats a token)"), ("grad_norm", "gradient norm"))
-# Of |learner's - sampler's log-prob|, the mean over a step's tokens from which on it is an alarm.
-MOST_MISMATCH = 0.02
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"  # Okabe and Ito: told apart by colour-blind eyes
 _LINES = (BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # theirs too, of benchmarks; orange is that of rows
 _STYLES = ({"marker": "s"}, {"marker": "D", "linestyle": "--"}, {"marker": "^", "linestyle": ":"})  # where colours run out

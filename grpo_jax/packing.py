@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from grpo_jax.group import Group
-from models.attention import KEY_TILES, PackLayout, Rows, Tiles
+from models.attention import KEY_TILES, PackLayout, Rows, Tiles, tile_steps
 
 
 @jax.tree_util.register_dataclass
@@ -193,11 +193,7 @@ def _tiles(groups: Sequence[Group], t: int, tile: tuple[int, int]) -> Tiles:
             for i in range(own.start // queries, -(-own.stop // queries) if own.stop > own.start else 0):
                 last = min(own.stop, (i + 1) * queries)  # of the segment's tokens in this tile
                 seen[i].update(range(own.start // keys, -(-last // keys)), range(ours.start // keys, -(-end // keys)))
-    steps = []
-    for i, tiles in sorted(seen.items()):
-        tiles = np.pad(sorted(tiles), (0, -len(tiles) % KEY_TILES), constant_values=-1)
-        steps += [(i, *some) for some in tiles.reshape(-1, KEY_TILES)]
-    return Tiles(first, prompt, prompt_end, np.array(steps, np.int32).reshape(-1, 1 + KEY_TILES), tile)
+    return Tiles(first, prompt, prompt_end, tile_steps(seen), tile)
 
 
 def _with_steps(layout: Tiles, most: int) -> Tiles:

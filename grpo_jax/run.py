@@ -18,6 +18,7 @@ import os
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from grpo_jax import checkpoint, console, hosts, inputs, learner, metrics, packing, watchdog
+from grpo_jax import alarms, checkpoint, console, hosts, inputs, learner, metrics, packing, watchdog
 from grpo_jax import config as configs
 from grpo_jax import mesh as meshes
 from grpo_jax.group import Group, flat
@@ -41,9 +42,6 @@ from grpo_jax.report import page
 from models import decoder, hf, lora
 from models.decoder import DecoderConfig, Params
 
-LEAST_ENTROPY = 1e-3  # nats a token, below which the policy has all but one response to a prompt
-MOST_TRUNCATED = 0.5  # share of responses that are cut at the length limit
-STUCK = 5  # steps in a row whose responses all had one reward
 KEPT_SKIPS = 10  # batches kept under skipped/
 BEGAN = time.monotonic()
 
@@ -75,7 +73,7 @@ class Run:
     stop: hosts.Stop
     whole: bool = True  # whether `state` is that after `step`, and not within the next
     skipped: int = 0  # optimizer steps in a row, up to now, that were left out
-    stuck: int = 0  # steps in a row, up to now, whose responses all had one reward
+    recent: deque[Mapping[str, Any]] = field(default_factory=lambda: deque(maxlen=alarms.STUCK))  # rows of the last steps
     longest: float = 0.0  # seconds of a step, validation and all; the first, which compiles, left out
     ended: float | None = None  # when the last step did, of time.monotonic
     said: set[str] = field(default_factory=set)  # what is said once
@@ -232,11 +230,12 @@ def guarded(run: Run) -> Iterator[None]:
         if jax.process_count() == 1 or isinstance(error, Diverged):
             _keep(run)
         raise
-    run.checkpoints.close()
+    run.checkpoints.wait()
     if any(asked for asked, _ in hosts.gather(run.stop.asked())):
         _keep(run)
         console.note(f"stopped after step {run.step}, the last; the same command writes the model")
         raise SystemExit(hosts.STOPPED)
+    run.checkpoints.close()
     if run.checkpoints.latest == run.step:
         run.stop.nothing_to_lose = "all steps are saved; the same command writes the model"
 
@@ -363,46 +362,12 @@ def report(run: Run, show: console.Progress, row: dict[str, Any]) -> None:
 
 
 def watch(run: Run, row: Mapping[str, Any]) -> None:
-    """Warns, once a run of each, where training seems to be at an end: see docs/reliability.md."""
-
-    def alarm(name: str, sounds: bool, text: str) -> None:
-        if sounds and name not in run.said:
+    """Warns, once a run of each, of what a step's metrics are alarming for."""
+    run.recent.append(row)
+    for name, text in alarms.of(tuple(run.recent), run.meta["config"]).items():
+        if name not in run.said:
             run.said.add(name)
             console.warn(f"step {row['step']}: {text}")
-
-    gap = row.get("rollout/logp_mismatch", 0.0)
-    alarm(
-        "mismatch",
-        not gap <= metrics.MOST_MISMATCH and not run.config.update.recompute_old_logp,  # nan too
-        f"the log-probs of sampler and learner differ by {gap:.3f} nats a token on average (alarm at {metrics.MOST_MISMATCH}); "
-        "try --learner.attention tiles, or, in a new run, --update.recompute_old_logp",
-    )
-    run.stuck = run.stuck + 1 if row.get("reward/std") == 0 else 0
-    mean = row.get("reward/mean", 0.0)
-    alarm(
-        "stuck",
-        run.stuck >= STUCK,
-        f"all responses of {STUCK} steps had the reward {mean:.3g}, so they teach nothing; "
-        + (
-            "the data holds nothing more to learn"
-            if mean >= 1
-            else "see reason/* in the metrics, and docs/training.md, section 3"
-        ),
-    )
-    entropy = row.get("entropy/mean", math.inf)
-    alarm(
-        "entropy",
-        entropy < LEAST_ENTROPY,
-        f"the entropy has fallen to {entropy:.2g} nats a token (alarm at {LEAST_ENTROPY}): nothing is tried any more; in a new "
-        "run take a lower --optimizer.learning_rate, --loss.clip_high 0.28 or --loss.entropy_coefficient 1e-3",
-    )
-    cut = row.get("response_tokens/truncated_share", 0.0)
-    alarm(
-        "length",
-        cut >= MOST_TRUNCATED,
-        f"{cut:.0%} of the responses were cut at the length limit (alarm at {MOST_TRUNCATED:.0%}), and a cut one is seldom "
-        "right; look at some in rollouts.jsonl, and raise --rollout.max_response_tokens in a new run",
-    )
 
 
 def finish(run: Run) -> None:

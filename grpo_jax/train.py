@@ -113,7 +113,6 @@ def _train(cfg: TrainConfig, stop: hosts.Stop) -> None:
             if run.log:
                 run.log.rollouts(rollout_rows(step, sampled, batch, policy))
             watch(run, row)
-            watch_refills(run, row)
             run.meta["place"] = taken
             if step == steps or (cfg.validation.every and step % cfg.validation.every == 0):
                 run.step, run.whole, run.meta["pending"] = step, True, metrics.plain(row)
@@ -286,18 +285,6 @@ def validate(
         batch = exchange(run, one.tasks, greedy, reward.each(one.verdict), show, one.name, clock)
         row[f"val/{one.name}/accuracy"] = right(batch) / one.count
     return row | {"time/validation": sum(clock.seconds.values())} if row else {}
-
-
-def watch_refills(run: Run, row: dict[str, Any]) -> None:
-    """Warns, once a run, where the refills of a step were used up before its batch was full."""
-    settings, found = run.config.rollout, row["learner/prompts"]
-    if settings.refills and found < settings.prompts_per_step and "refills" not in run.said:
-        run.said.add("refills")
-        console.warn(
-            f"step {row['step']}: of {row['rollout/prompts']:,} prompts {found:,} have responses of different reward, and it "
-            "learned from these; the data is too hard or too easy for this model (see groups/zero_variance), or raise "
-            "--rollout.refills or --rollout.group_size"
-        )
 
 
 def speeds(sampled: Batch, batch: Batch, clock: Clock) -> dict[str, float]:

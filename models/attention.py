@@ -17,6 +17,7 @@ log-sum-exp of a library kernel is differentiated: `jax.nn.dot_product_attention
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import jax
@@ -195,14 +196,19 @@ def _in_tiles(q: Array, k: Array, v: Array, layout: Tiles) -> Array:
 def _lower_triangle(t: int, tile: tuple[int, int] = (128, 64)) -> Tiles:
     """A plain sequence of t tokens as one prompt."""
     queries, keys = tile
-    steps = []
-    for i in range(-(-t // queries)):
-        tiles = np.arange(-(-min(t, (i + 1) * queries) // keys))
-        tiles = np.pad(tiles, (0, -len(tiles) % KEY_TILES), constant_values=-1)
-        steps += [(i, *some) for some in tiles.reshape(-1, KEY_TILES)]
+    steps = tile_steps({i: range(-(-min(t, (i + 1) * queries) // keys)) for i in range(-(-t // queries))})
     none = np.zeros(t, np.int32)
     # Or XLA would make all masks while it compiles, value by value.
-    return jax.lax.optimization_barrier(Tiles(none, none, none, np.array(steps, np.int32), tile))
+    return jax.lax.optimization_barrier(Tiles(none, none, none, steps, tile))
+
+
+def tile_steps(seen: Mapping[int, Collection[int]]) -> np.ndarray:
+    """`Tiles.steps` of one flat row, int32 [S, 1 + KEY_TILES], from the tiles of keys that each tile of queries sees."""
+    steps = []
+    for i, tiles in sorted(seen.items()):
+        tiles = np.pad(sorted(tiles), (0, -len(tiles) % KEY_TILES), constant_values=-1)
+        steps += [(i, *some) for some in tiles.reshape(-1, KEY_TILES)]
+    return np.array(steps, np.int32).reshape(-1, 1 + KEY_TILES)
 
 
 def _seen(layout: Tiles) -> Array:

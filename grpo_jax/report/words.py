@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from data.command_line import plural
-from grpo_jax.metrics import MOST_MISMATCH, benchmark_of
+from grpo_jax import alarms
+from grpo_jax.metrics import benchmark_of
 from grpo_jax.report import calls
 from grpo_jax.report.reading import Reading
 
@@ -50,21 +51,17 @@ def warnings(run: Reading) -> list[str]:
     """What the run warned of, or should be looked at, by the thresholds of docs/training.md."""
     rows = [row for row in run.rows if row["step"] > 0]
     last = rows[-_tenth(rows) :]
-    texts = []
-    settings = run.config
-    alarm = [row for row in rows if (row.get("rollout/logp_mismatch") or 0) > MOST_MISMATCH]
-    if alarm and not settings.get("update", {}).get("recompute_old_logp"):
+    texts, raised = [], {}
+    for i in range(len(rows)):
+        for name, text in alarms.of(rows[max(0, i + 1 - alarms.STUCK) : i + 1], run.config).items():
+            raised.setdefault(name, []).append((rows[i]["step"], text))
+    for found in raised.values():
+        step, text = found[0]
+        texts.append(f"In {plural(len(found), 'step')}, first in step {step}: {text}.")
+    if skipped := [row["step"] for row in rows if row.get("learner/skipped")]:
         texts.append(
-            f"In {plural(len(alarm), 'step')}, first in step {alarm[0]['step']}, the log-probs of sampler and learner differed "
-            f"by more than {MOST_MISMATCH} nats a token on average: try --learner.attention tiles, or, in a new run, "
-            "--update.recompute_old_logp."
-        )
-    wanted = settings.get("rollout", {}).get("prompts_per_step", 0)
-    short = [row for row in rows if (row.get("learner/prompts") or wanted) < wanted]
-    if short and settings.get("rollout", {}).get("refills"):
-        texts.append(
-            f"In {plural(len(short), 'step')}, first in step {short[0]['step']}, the refills were used up before the batch was "
-            "full: the data is too hard or too easy for this model, or raise --rollout.refills."
+            f"In {plural(len(skipped), 'step')}, first in step {skipped[0]}, optimizer steps were left out, since their loss, "
+            "gradient or log-probs were not finite; their batches are under skipped/ in the run's folder."
         )
     equal, cut = _mean(last, "groups/zero_variance"), _mean(last, "response_tokens/truncated_share")
     if equal is not None and equal > HIGH:
@@ -72,7 +69,7 @@ def warnings(run: Reading) -> list[str]:
             f"In the last {plural(len(last), 'step')} {equal:.0%} of the groups had equal rewards and taught nothing: the data "
             "is too easy or too hard by now, or the temperature too low."
         )
-    if cut is not None and cut > CUT:
+    if cut is not None and cut > CUT and "length" not in raised:
         texts.append(
             f"In the last {plural(len(last), 'step')} {cut:.0%} of the responses were cut at --rollout.max_response_tokens."
         )

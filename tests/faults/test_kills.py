@@ -7,7 +7,6 @@ Twenty of them, by five seeds, each chain of four ending in a whole run (about t
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
@@ -41,13 +40,6 @@ config.run_main(train.main)
 """
 # Of each place: the last call of it that a process may be killed in, and the seconds within which it is over.
 PLACES = {"start": (1, 1.0), "rollout": (3, 0.3), "update": (4, 0.3), "save": (1, 0.2), "export": (1, 0.3)}
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict:
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("compiled"))
-    quick = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **quick}
 
 
 def start(model: str, folder: Path, environment: dict, kill: tuple[str, int, float] = ("", 0, 0.0)) -> int:

@@ -1,6 +1,7 @@
 """What is not finite: it never reaches the parameters, it is counted and kept, and too much of it ends the run; and alarms."""
 
 import json
+from collections import deque
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import config, group, learner, metrics, train
+from grpo_jax import alarms, config, group, learner, metrics, train
 from grpo_jax import run as run_module
 from models import hf
 from tests.grpo_jax.small_run import rows, small
@@ -145,7 +146,7 @@ def test_each_batch_that_is_kept_is_one_of_few(tmp_path, capsys):
 
 
 def test_each_alarm_sounds_once(capsys):
-    run = SimpleNamespace(said=set(), stuck=0, config=SimpleNamespace(update=config.Update()))
+    run = SimpleNamespace(said=set(), recent=deque(maxlen=alarms.STUCK), meta={"config": {}})
     well = {"reward/std": 0.2, "reward/mean": 0.5, "entropy/mean": 0.3, "response_tokens/truncated_share": 0.1}
     well["rollout/logp_mismatch"] = 1e-5
 
@@ -154,7 +155,7 @@ def test_each_alarm_sounds_once(capsys):
         return " ".join(capsys.readouterr().out.split())
 
     assert told(1) == ""
-    for step in range(2, 2 + run_module.STUCK - 1):
+    for step in range(2, 2 + alarms.STUCK - 1):
         assert told(step, reward__std=0.0, reward__mean=0.0) == ""
     assert "all responses of 5 steps had the reward 0, so they teach nothing; see reason/*" in told(
         9, reward__std=0.0, reward__mean=0.0
@@ -164,14 +165,14 @@ def test_each_alarm_sounds_once(capsys):
     assert "step 12: the log-probs of sampler and learner differ by 0.500 nats" in told(12, rollout__logp_mismatch=0.5)
     everything = dict(reward__std=0.0, reward__mean=1.0, entropy__mean=0.0, response_tokens__truncated_share=1.0)
     assert [told(step, **everything, rollout__logp_mismatch=1.0) for step in range(13, 20)] == [""] * 7
-    run.said, run.stuck = set(), run_module.STUCK - 1
+    run.said.clear()
     assert "the reward 1, so they teach nothing; the data holds nothing more" in told(20, reward__std=0.0, reward__mean=1.0)
 
 
 def test_a_reward_that_only_now_and_then_is_equal_is_none():
-    run = SimpleNamespace(said=set(), stuck=0, config=SimpleNamespace(update=config.Update()))
+    run = SimpleNamespace(said=set(), recent=deque(maxlen=alarms.STUCK), meta={"config": {}})
     for step in range(50):
-        run_module.watch(run, {"step": step, "reward/std": float(step % run_module.STUCK == 0), "reward/mean": 1.0})
+        run_module.watch(run, {"step": step, "reward/std": float(step % alarms.STUCK == 0), "reward/mean": 1.0})
     assert not run.said
 
 

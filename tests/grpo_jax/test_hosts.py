@@ -9,7 +9,6 @@ seconds of compilation, so the full table is slow:
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -68,13 +67,8 @@ pytestmark = pytest.mark.usefixtures("x64")  # or checkpoints could not be read 
 
 
 @pytest.fixture(scope="module")
-def environment() -> dict:
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_X64": "1",
-    }
+def environment(environment) -> dict:
+    return {**environment, "JAX_ENABLE_X64": "1"}
 
 
 def drawn(prompts: int, responses: int) -> list[Group]:

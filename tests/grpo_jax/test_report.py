@@ -316,15 +316,17 @@ def test_what_a_run_warned_of_is_in_the_summary(tmp_path):
             "groups/zero_variance": 0.95,
             "response_tokens/truncated_share": 0.5,
             "loss": None if step == 3 else 1.0,
+            "learner/skipped": int(step == 3),
         }
         for step in (1, 2, 3)
     ]
     found = words.warnings(read(write_rows(tmp_path / "run", rows, config)))
     assert [text[:38] for text in found] == [
-        "In 1 step, first in step 2, the log-pr",
-        "In 2 steps, first in step 2, the refil",
+        "In 3 steps, first in step 1: 50% of th",
+        "In 1 step, first in step 2: the log-pr",
+        "In 2 steps, first in step 2: of 8 prom",
+        "In 1 step, first in step 3, optimizer ",
         "In the last 1 step 95% of the groups h",
-        "In the last 1 step 50% of the response",
         "loss was no finite number in 1 step, f",
     ]
 

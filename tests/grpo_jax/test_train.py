@@ -2,12 +2,12 @@
 
 import fcntl
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from data.example import make
-from grpo_jax import batch, config, hosts, inputs, mesh, metrics, reward, rollout, train
+from grpo_jax import alarms, batch, config, hosts, inputs, mesh, reward, rollout, train
 from grpo_jax import run as run_module
 from grpo_jax.config import TrainConfig
 from grpo_jax.group import Group
@@ -34,11 +34,6 @@ OPTIONS = {**SMALL, "validation.benchmarks": BENCHMARK}
 def command(model: str, folder: Path, **options) -> list[str]:
     options = {**OPTIONS, "model.path": model, "run.dir": str(folder), **options}
     return [sys.executable, "-W", "ignore", "-m", "grpo_jax.train", "demo", *words(options)]
-
-
-@pytest.fixture(scope="module")
-def environment() -> dict:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
 def run(arguments: list[str], environment: dict) -> subprocess.CompletedProcess:
@@ -439,10 +434,12 @@ def test_the_pool_is_sized_once_a_run(monkeypatch):
 
 
 def test_a_sampler_that_disagrees_with_the_learner_is_told_once(capsys):
-    settings = lambda again: SimpleNamespace(update=config.Update(recompute_old_logp=again))  # noqa: E731
-    state = SimpleNamespace(said=set(), stuck=0, config=settings(False))
-    run_module.watch(SimpleNamespace(said=set(), stuck=0, config=settings(True)), {"step": 0, "rollout/logp_mismatch": 0.5})
-    for step, gap in ((1, 0.0), (2, metrics.MOST_MISMATCH), (3, float("nan")), (4, 0.06)):
+    run = lambda again: SimpleNamespace(  # noqa: E731
+        said=set(), recent=deque(), meta={"config": {"update": {"recompute_old_logp": again}}}
+    )
+    state = run(False)
+    run_module.watch(run(True), {"step": 0, "rollout/logp_mismatch": 0.5})
+    for step, gap in ((1, 0.0), (2, alarms.MOST_MISMATCH), (3, float("nan")), (4, 0.06)):
         run_module.watch(state, {"step": step, "rollout/logp_mismatch": gap})
     run_module.watch(state, {"step": 5})  # a step in which no group had anything to teach
     said = " ".join(capsys.readouterr().out.split())
