@@ -34,6 +34,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -94,6 +95,7 @@ SYLLABLES = (
     "ma", "me", "mi", "mo", "na", "ne", "no", "pa", "pe", "pi", "po", "ra", "re", "ri", "sa", "se", "so", "ta", "ti",
     "to", "va", "ve", "vi",
 )  # fmt: skip
+UNWANTED = re.compile("dago|kike|pedo|rape")  # what syllables make by chance, and nobody wants to read
 
 # {task} is "book a table", {values} is "city Lisbon, people 4".
 PHRASINGS = (
@@ -358,7 +360,8 @@ class _Values:
             else:
                 parts = self.rng.sample(SYLLABLES, self.rng.choice((2, 2, 3)))
             value = "".join(parts).capitalize() if is_name else "".join(parts)
-            if is_held_out(value) == self.held_out and not self.used.intersection(parts):
+            wanted = is_held_out(value) == self.held_out and not UNWANTED.search(value.lower())
+            if wanted and not self.used.intersection(parts):
                 self.used.update(parts)
                 return value
 

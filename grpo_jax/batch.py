@@ -148,7 +148,7 @@ def exchange(
     if any(one["stopped"] for one, _ in told):
         raise hosts.Stopped
     for one, _ in told:
-        tell_failures(run, one["traces"])
+        tell_failures(run, phase, one["traces"])
     return assembled(tasks, told)
 
 
@@ -210,15 +210,17 @@ def watcher(run: Run, show: Progress, total: int) -> Callable[[int], None]:
     return progress
 
 
-def tell_failures(run: Run, traces: Mapping[str, str]) -> None:
-    """Warns, once a run for each reason, of calls of the user's own reward that came to nothing."""
+def tell_failures(run: Run, phase: str, traces: Mapping[str, str]) -> None:
+    """Warns, once a run for each reason, of calls of the user's own reward, or of a benchmark's verdict, that came to nothing."""
+    ours = phase in ("rollout", "validation")
+    what = f"the reward {run.config.reward.kind}" if ours else f"the verdict of benchmark {phase}"
     for reason, trace in traces.items():
-        if reason not in run.said:
-            run.said.add(reason)
+        if f"{what} {reason}" not in run.said:
+            run.said.add(f"{what} {reason}")
+            counted = f"score 0, and count in reason/{reason}" if ours else "count as wrong"
             console.warn(
-                f"the reward {run.config.reward.kind} failed. All responses of that group score 0, and count in "
-                f"reason/{reason}; so it is with further ones, of which nothing is said. "
-                f"{console.visible(trace[-LONGEST_TRACE:])}"
+                f"{what} failed. All responses of that group {counted}; so it is with further ones, of which nothing is "
+                f"said. {console.visible(trace[-LONGEST_TRACE:])}"
             )
 
 

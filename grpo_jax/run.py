@@ -396,7 +396,8 @@ def finish(run: Run) -> None:
         ("checkpoints", str(folder / "checkpoints")),
         *exported,
     ]
-    first, last = (validated[0], validated[-1]) if validated else ({}, {})
+    first = next((row for row in validated if row["step"] == 0), {})
+    last = next((row for row in reversed(validated) if row["step"]), {})
     console.closing(first, last, [(label, place) for label, place in places if Path(place).stat().st_size])
     run.lock.close()
     hosts.gather(None)

@@ -273,7 +273,7 @@ def validate(
     run: Run, tasks: Sequence[Task], asked: Sequence[Asked], sampling: Sampling, score_groups: Rewards, show: Progress
 ) -> dict[str, Any]:
     """Greedy responses to the held-out rows: the share with a reward of at least 1, and the reasons. To benchmarks, likewise:
-    the share that their verdicts call right."""
+    the share that their verdicts call right; a verdict that fails calls nothing right."""
     clock, greedy, row = Clock(), replace(sampling, temperature=0.0, group_size=1), {}
     right = lambda batch: sum(scored[0].value >= 1 for scored in batch.scored)  # noqa: E731
     if tasks:
@@ -282,7 +282,7 @@ def validate(
         summary = metrics.summarize(batch.groups, batch.scored)
         row |= {f"val/{k}": v for k, v in summary.items() if k.startswith(("reason/", "response_tokens/mean"))}
     for one in asked:
-        batch = exchange(run, one.tasks, greedy, reward.each(one.verdict), show, one.name, clock)
+        batch = exchange(run, one.tasks, greedy, reward.each(reward.forgiving(one.verdict)), show, one.name, clock)
         row[f"val/{one.name}/accuracy"] = right(batch) / one.count
     return row | {"time/validation": sum(clock.seconds.values())} if row else {}
 

@@ -15,6 +15,7 @@ time of its thread, so that a busy machine makes none slow. What goes wrong is p
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 import math
 import random
@@ -39,6 +40,7 @@ from data.example import Example, is_deeper, make
 from eval import acebench, api_bank, bfcl, chat, completions, lines, record, replies
 from eval.benchmark import Item
 from grpo_jax import config, console, metrics, reward
+from grpo_jax.report import reading
 from models import hf
 
 SECONDS = 0.2  # that a call may take
@@ -353,6 +355,17 @@ def _seen(text: str, answer: list[dict[str, Any]]) -> None:
         assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]", shown)
 
 
+def _paged(text: str, answer: list[dict[str, Any]]) -> None:
+    """The text on the page of a run, as a response, and as a prompt whose line is read again from the file."""
+    response = {"text": text, "value": 0.0, "reason": "said", "token_count": 1, "truncated": False, "advantage": None}
+    row = {"step": 1, "id": text[:50], "prompt": f"<|im_start|>user\n{text}", "answer": answer, "responses": [response]}
+    groups = reading.Groups()
+    groups.add(1, Path("rollouts.jsonl"), json.dumps(row).encode("ascii"), 1)
+    pieces = groups.chunks[0][0][0]["pieces"]
+    assert "".join(piece for _, piece in pieces) == _joined(text)
+    assert json.loads(gzip.decompress(reading.pack([groups.index(), groups.chunks, groups.task_chunks])))[0]["step"] == [1]
+
+
 READERS: dict[str, Reader] = {
     **{kind: _judged(kind) for kind in reward.KINDS},
     "parse_calls": _parsed,
@@ -361,6 +374,7 @@ READERS: dict[str, Reader] = {
     "acebench": _verdict(acebench, _acebench),
     "files": _kept,
     "terminal": _seen,
+    "page": _paged,
 }
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from data import demo
 from data.example import make
 from grpo_jax import batch, reward, train, workers
 from grpo_jax.reward import CRASH, ERROR, TIMEOUT, Response
@@ -221,3 +222,16 @@ def test_a_run_is_the_same_with_workers_as_without(tiny_model, tmp_path):
     assert rows(tmp_path / "0") == rows(tmp_path / "2")
     for file in ("rollouts.jsonl", "hf/model.safetensors"):
         assert (tmp_path / "0" / file).read_bytes() == (tmp_path / "2" / file).read_bytes()
+
+
+def bench():
+    """Three tasks whose verdict is `raises`, of which some fail."""
+    return demo.tasks(3, seed=7, held_out=True), rewards.raises
+
+
+def test_a_benchmarks_verdict_that_raises_counts_as_wrong(tiny_model, tmp_path, capsys):
+    train.train(small(tiny_model, tmp_path / "run", **{"validation.benchmarks": "tests.faults.test_rewards:bench"}))
+    assert [row["val/bench/accuracy"] for row in rows(tmp_path / "run") if "val/bench/accuracy" in row] == [0.0, 0.0]
+    shown = capsys.readouterr().out
+    assert shown.count("warning: the verdict of benchmark bench failed. All responses of that group count as wrong") == 1
+    assert "ZeroDivisionError" in shown

@@ -3,6 +3,7 @@
 Two processes under jax.distributed are in tests/grpo_jax/test_hosts.py.
 """
 
+import itertools
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from grpo_jax import batch, checkpoint, config, hosts, metrics, sft, train
 from grpo_jax import run as run_module
 from tests.faults.small_disk import fill, small_disk
-from tests.grpo_jax.small_run import rows, small
+from tests.grpo_jax.small_run import end_of, rows, small
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHIN = 30  # seconds from the signal to the end, of the processor's time: other jobs may take most of the clock's
@@ -243,3 +244,19 @@ def test_a_second_process_is_refused_by_name_and_a_dead_ones_lock_is_free(tmp_pa
         checkpoint.claim(folder)  # not even this one twice
     lock.close()
     checkpoint.claim(folder).close()
+
+
+# ---------------------------------------------------------------- the clock
+
+
+def test_a_clock_that_jumps_changes_nothing(tiny_model, tmp_path, monkeypatch):
+    """By three years, forward and back, each time that it is read."""
+    options = {"validation.limit": 2, "run.time_limit": 60, "run.watchdog": 1, "run.tensorboard": True, "checkpoint.every": 1}
+    found, weights = end_of(small(tiny_model, tmp_path / "calm", **options))
+    jumps = itertools.cycle((0.0, 1e8, -1e8))
+    monkeypatch.setattr(time, "time", lambda: 1.7e9 + next(jumps))
+    again, same = end_of(small(tiny_model, tmp_path / "jumps", **options))
+    assert again == found and (same == weights).all()
+    timed = [value for row in metrics.read(tmp_path / "jumps" / "metrics.jsonl") for k, value in row.items() if "time/" in k]
+    assert timed and all(0 <= value < 600 for value in timed)
+    assert (tmp_path / "jumps" / "stalls.txt").read_text() == ""
