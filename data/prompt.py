@@ -30,7 +30,6 @@ thoughts, which are free text, such a tag gets square brackets.
 
 import functools
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +40,7 @@ from data.example import Example
 
 PLACEHOLDER = "{tools}"
 DEFAULT_TEMPLATE = Path(__file__).with_name("thinking.txt")
-_TAG = re.compile(r"<(/?(?:think|tool_call))>")
+_TAGS = ("think", "/think", "tool_call", "/tool_call")
 _OTHER_ROLE = "stranger"  # a role that no template knows
 
 
@@ -102,15 +101,21 @@ def reply(calls: Sequence[dict[str, Any]], reasoning: str | None) -> str:
     The reward's parser reads the same calls back.
     """
     listed = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
-    listed_text = _TAG.sub(r"\\u003c\1>", json.dumps(listed, ensure_ascii=False))
+    listed_text = _retagged(json.dumps(listed, ensure_ascii=False), r"\u003c{}>")
     block = f"<tool_call>\n{listed_text}\n</tool_call>"
     return block if reasoning is None else f"{think(reasoning)}\n{block}"
 
 
 def think(reasoning: str) -> str:
     """A thought as the block that a reply begins with; format tags inside it get square brackets."""
-    thought = _TAG.sub(r"[\1]", reasoning.strip())
-    return f"<think>\n{thought}\n</think>"
+    return f"<think>\n{_retagged(reasoning.strip(), '[{}]')}\n</think>"
+
+
+def _retagged(text: str, form: str) -> str:
+    """The text with each of the format's tags in another form, "[{}]" say."""
+    for tag in _TAGS:
+        text = text.replace(f"<{tag}>", form.format(tag))
+    return text
 
 
 def target(example: Example, replies: Literal["reasoning", "calls"] = "reasoning") -> str:

@@ -211,7 +211,7 @@ def watcher(run: Run, show: Progress, total: int) -> Callable[[int], None]:
 
 
 def tell_failures(run: Run, phase: str, traces: Mapping[str, str]) -> None:
-    """Warns, once a run for each reason, of calls of the user's own reward, or of a benchmark's verdict, that came to nothing."""
+    """Warns, once a run for each reason, of calls of the user's own reward or of a verdict that came to nothing."""
     ours = phase in ("rollout", "validation")
     what = f"the reward {run.config.reward.kind}" if ours else f"the verdict of benchmark {phase}"
     for reason, trace in traces.items():

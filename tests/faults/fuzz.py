@@ -27,7 +27,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +337,7 @@ def _kept(text: str, answer: list[dict[str, Any]]) -> None:
     assert json.loads(lines.encoded({"id": "item", "output": text}))["output"] == _joined(text)
 
 
+@lru_cache(maxsize=1)  # slow on a megabyte of halves: called before the clock starts
 def _joined(text: str) -> str:
     """Two halves of a surrogate pair side by side, as JSON reads them: one character."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass") if _HALF.search(text) else text
@@ -356,14 +357,29 @@ def _seen(text: str, answer: list[dict[str, Any]]) -> None:
 
 
 def _paged(text: str, answer: list[dict[str, Any]]) -> None:
-    """The text on the page of a run, as a response, and as a prompt whose line is read again from the file."""
-    response = {"text": text, "value": 0.0, "reason": "said", "token_count": 1, "truncated": False, "advantage": None}
-    row = {"step": 1, "id": text[:50], "prompt": f"<|im_start|>user\n{text}", "answer": answer, "responses": [response]}
+    """The text as a response on the page of a run."""
+    groups = _groups(text, "Which?", answer)
+    assert "".join(piece for _, piece in groups.chunks[0][0][0]["pieces"]) == _joined(text)
+    _packed(groups.chunks[0], text)
+
+
+def _prompted(text: str, answer: list[dict[str, Any]]) -> None:
+    """The text as a prompt on the page of a run, and as what a task is called."""
+    _packed(_groups("", f"<|im_start|>user\n{text}", answer).task_chunks[0], text)
+
+
+def _groups(text: str, asked: str, answer: list[dict[str, Any]]) -> reading.Groups:
+    response = {"text": text, "value": 0.0, "reason": text[:9], "token_count": 1, "truncated": False, "advantage": None}
+    row = {"step": 1, "id": text[:50], "prompt": asked, "answer": answer, "responses": [response]}
     groups = reading.Groups()
     groups.add(1, Path("rollouts.jsonl"), json.dumps(row).encode("ascii"), 1)
-    pieces = groups.chunks[0][0][0]["pieces"]
-    assert "".join(piece for _, piece in pieces) == _joined(text)
-    assert json.loads(gzip.decompress(reading.pack([groups.index(), groups.chunks, groups.task_chunks])))[0]["step"] == [1]
+    return groups
+
+
+def _packed(chunk: list[Any], text: str) -> None:
+    packed = reading.pack(chunk)
+    if len(text) < 2**16:  # of longer ones this check would take as long as what is timed
+        assert json.loads(gzip.decompress(packed)) == json.loads(json.dumps(chunk))
 
 
 READERS: dict[str, Reader] = {
@@ -374,7 +390,8 @@ READERS: dict[str, Reader] = {
     "acebench": _verdict(acebench, _acebench),
     "files": _kept,
     "terminal": _seen,
-    "page": _paged,
+    "page, response": _paged,
+    "page, prompt": _prompted,
 }
 
 
@@ -510,6 +527,8 @@ def put(report: Report, label: str, case: tuple[Any, Any], kind: str, seconds: f
     table, may_raise = (READERS, ()) if kind == "responses" else (LOADERS, (ValueError, OSError))
     report.cases += 1
     report.characters += len(case[0])
+    if kind == "responses":
+        _joined(case[0])
     for name, read in table.items():
         began = time.thread_time()
         try:

@@ -230,7 +230,8 @@ def bench():
 
 
 def test_a_benchmarks_verdict_that_raises_counts_as_wrong(tiny_model, tmp_path, capsys):
-    train.train(small(tiny_model, tmp_path / "run", **{"validation.benchmarks": "tests.faults.test_rewards:bench"}))
+    options = {"validation.limit": 3, "validation.benchmarks": "tests.faults.test_rewards:bench"}
+    train.train(small(tiny_model, tmp_path / "run", **options))
     assert [row["val/bench/accuracy"] for row in rows(tmp_path / "run") if "val/bench/accuracy" in row] == [0.0, 0.0]
     shown = capsys.readouterr().out
     assert shown.count("warning: the verdict of benchmark bench failed. All responses of that group count as wrong") == 1

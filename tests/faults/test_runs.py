@@ -259,4 +259,4 @@ def test_a_clock_that_jumps_changes_nothing(tiny_model, tmp_path, monkeypatch):
     assert again == found and (same == weights).all()
     timed = [value for row in metrics.read(tmp_path / "jumps" / "metrics.jsonl") for k, value in row.items() if "time/" in k]
     assert timed and all(0 <= value < 600 for value in timed)
-    assert (tmp_path / "jumps" / "stalls.txt").read_text() == ""
+    assert not (tmp_path / "jumps" / "stalls.txt").exists()  # nothing was taken for a stall
