@@ -84,7 +84,7 @@ def _renamed(tool: dict[str, Any], name: str, names: dict[str, str]) -> dict[str
     properties = {names[key]: value for key, value in _parameters(tool).items()}
     if not _is_schema(tool["parameters"]):
         return {**tool, "name": name, "parameters": properties}
-    required = tool["parameters"].get("required")
-    if isinstance(required, list):
-        required = {"required": [names.get(key, key) if isinstance(key, str) else key for key in required]}
-    return {**tool, "name": name, "parameters": {**tool["parameters"], "properties": properties, **(required or {})}}
+    schema = {**tool["parameters"], "properties": properties}
+    if isinstance(schema.get("required"), list):
+        schema["required"] = [names.get(key, key) if isinstance(key, str) else key for key in schema["required"]]
+    return {**tool, "name": name, "parameters": schema}

@@ -82,9 +82,8 @@ class DecoderConfig:
         declared = declared[0] if isinstance(declared, list) and declared else declared or None
         architecture = names.get(str(declared)) or (raw.get("model_type") if declared is None else None)
         if architecture not in names.values():
-            raise ValueError(
-                f"{source}: architecture {declared or raw.get('model_type')!r} is not supported; known are {', '.join(names)}"
-            )
+            found = repr(declared or raw.get("model_type"))[:80]
+            raise ValueError(f"{source}: architecture {found} is not supported; known are {', '.join(names)}")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         rope = rope if isinstance(rope, dict) else {"rope_type": rope}
         kind = rope.get("rope_type", rope.get("type", "default"))

@@ -3,7 +3,7 @@
 import json
 import random
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data import augment
@@ -81,6 +81,7 @@ json_values = st.recursive(
 
 
 @settings(max_examples=50, deadline=None)
+@example({"type": "object", "properties": {"a": {}}, "required": "a"}, 0)
 @given(st.dictionaries(st.sampled_from(["type", "properties", "required", "a"]), json_values), st.integers(0, 9))
 def test_any_parameters_can_be_masked(parameters, seed):
     tools = [{"name": "f", "description": "", "parameters": parameters}] * 2

@@ -264,8 +264,26 @@ def test_parquet_of_json_strings(tmp_path):
     assert loaded.examples[7].id == example_of(numbered(8)[7], "").id
 
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=rf"^{path}: not a whole parquet file \(.*\): copy it again$"):
+    with pytest.raises(ValueError, match=rf"^{path}: not readable as Parquet \(.*\): copy or write it again$"):
         load(path)
+
+
+def test_a_parquet_file_with_a_wrong_byte_is_read_or_refused_in_one_line(tmp_path):
+    """pyarrow tells of some with an OSError of two lines, which names no file."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    row = {**ROW, "tools": json.dumps(ROW["tools"]), "answers": json.dumps(ROW["answers"])}
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 5):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            load(path)
+        except ValueError as error:
+            refused += str(error).startswith(f"{path}: not readable as Parquet (")
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+    assert refused > 20
 
 
 def test_parquet_of_structs(tmp_path):

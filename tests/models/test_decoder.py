@@ -168,6 +168,7 @@ def test_config_survives_the_way_out_and_back(name):
     [
         ({"architectures": ["MistralForCausalLM"]}, ["MistralForCausalLM", "Qwen2ForCausalLM"]),
         ({"architectures": None, "model_type": "gpt2"}, ["gpt2"]),
+        ({"architectures": ["x" * 9999]}, [f"architecture '{'x' * 79} is not supported"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
         ({"use_sliding_window": True}, ["use_sliding_window"]),
         ({"attention_bias": True}, ["attention_bias"]),
