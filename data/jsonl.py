@@ -288,7 +288,7 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
             _refuse_struct_arguments(table.schema_arrow, str(file))
             for batch in table.iter_batches(batch_size=1024):
                 yield from map(_without_nulls, batch.to_pylist())
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if getattr(error, "errno", None):  # of the system, which names the file; pyarrow's own have no number
             raise
         raise ValueError(f"{file}: not readable as Parquet ({str(error).splitlines()[0]}): copy or write it again") from error

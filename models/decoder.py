@@ -82,8 +82,8 @@ class DecoderConfig:
         declared = declared[0] if isinstance(declared, list) and declared else declared or None
         architecture = names.get(str(declared)) or (raw.get("model_type") if declared is None else None)
         if architecture not in names.values():
-            found = repr(declared or raw.get("model_type"))[:80]
-            raise ValueError(f"{source}: architecture {found} is not supported; known are {', '.join(names)}")
+            found = declared or raw.get("model_type")
+            raise ValueError(f"{source}: architecture {found!r:.80} is not supported; known are {', '.join(names)}")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         rope = rope if isinstance(rope, dict) else {"rope_type": rope}
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -97,7 +97,7 @@ class DecoderConfig:
         for field, bad in unsupported.items():
             if bad:
                 value = kind if field == "rope_type" else raw[field]
-                raise ValueError(f"{source}: {field} = {value!r} is not supported for {declared or architecture}")
+                raise ValueError(f"{source}: {field} = {value!r:.80} is not supported for {declared or architecture}")
         try:
             scaling = None
             if kind == "llama3":

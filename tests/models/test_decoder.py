@@ -170,6 +170,7 @@ def test_config_survives_the_way_out_and_back(name):
         ({"architectures": None, "model_type": "gpt2"}, ["gpt2"]),
         ({"architectures": ["x" * 9999]}, [f"architecture '{'x' * 79} is not supported"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"hidden_act": "x" * 9999}, [f"hidden_act = '{'x' * 79} is not supported"]),
         ({"use_sliding_window": True}, ["use_sliding_window"]),
         ({"attention_bias": True}, ["attention_bias"]),
         ({"mlp_bias": True}, ["mlp_bias"]),
