@@ -14,7 +14,7 @@ from data.example import DEEPEST, is_deeper
 from grpo_jax import config, console, reward
 from models import hf
 from models.decoder import DecoderConfig
-from tests.faults import fuzz
+from tests.faults import broken, fuzz
 
 ROOT = Path(__file__).resolve().parents[2]
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=150)
@@ -91,7 +91,7 @@ ROWS = [
 def test_nasty_replies_raise_nothing():
     report = fuzz.Report()
     for number, text in enumerate(REPLIES):
-        for answer in fuzz.CALLS:
+        for answer in broken.CALLS:
             fuzz.put(report, f"reply {number}", (text, answer), "responses", PATIENT)
     assert not report.findings, "\n".join(report.findings)
 
@@ -112,7 +112,7 @@ def test_a_short_campaign(kind, count):
 
 
 def test_a_case_depends_on_seed_and_number_alone():
-    for kind in (fuzz.response, fuzz.row):
+    for kind in (broken.response, broken.row):
         cases = [[kind(random.Random((seed << 32) + number)) for number in range(40)] for seed in (0, 0, 1)]
         assert cases[0] == cases[1] != cases[2]
 
@@ -129,18 +129,18 @@ def test_the_fuzzer_finds_what_is_wrong(monkeypatch):
 def test_a_megabyte_of_opening_tags():
     report = fuzz.Report()
     for text in (
-        "<tool_call>" * (fuzz.MEGABYTE // 11),
-        "<think></think>" + "<tool_call>" * (fuzz.MEGABYTE // 11) + "</tool_call>",
+        "<tool_call>" * (broken.MEGABYTE // 11),
+        "<think></think>" + "<tool_call>" * (broken.MEGABYTE // 11) + "</tool_call>",
     ):
-        fuzz.put(report, "a megabyte", (text, fuzz.CALLS[0]), "responses", PATIENT)
+        fuzz.put(report, "a megabyte", (text, broken.CALLS[0]), "responses", PATIENT)
     assert not report.findings, "\n".join(report.findings)
 
 
 # ---------------------------------------------------------------- any JSON, any bytes
 
-TEXTS = st.text(st.characters(codec=None), max_size=6) | st.sampled_from(fuzz.STRINGS[:30])
+TEXTS = st.text(st.characters(codec=None), max_size=6) | st.sampled_from(broken.STRINGS[:30])
 KEYS = (
-    st.sampled_from([*fuzz.KEYS, "query", "messages", "tools", "answers", "system", "conversations", "from", "value"]) | TEXTS
+    st.sampled_from([*broken.KEYS, "query", "messages", "tools", "answers", "system", "conversations", "from", "value"]) | TEXTS
 )
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
