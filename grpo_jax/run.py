@@ -396,8 +396,7 @@ def finish(run: Run) -> None:
         ("checkpoints", str(folder / "checkpoints")),
         *exported,
     ]
-    first = next((row for row in validated if row["step"] == 0), {})
-    last = next((row for row in reversed(validated) if row["step"]), {})
+    first, last = (validated[0], validated[-1]) if validated else ({}, {})
     console.closing(first, last, [(label, place) for label, place in places if Path(place).stat().st_size])
     run.lock.close()
     hosts.gather(None)
