@@ -190,8 +190,8 @@ def test_built_in_rewards_stay_in_this_process(monkeypatch):
 
 def test_the_first_failure_of_each_reason_is_shown_once(capsys):
     run = SimpleNamespace(said=set(), config=SimpleNamespace(reward=SimpleNamespace(kind="mine:score")))
-    batch.tell_failures(run, {ERROR: "\x1b[2J \ud800 first", CRASH: "signal 9"})
-    batch.tell_failures(run, {ERROR: "second"})
+    batch.tell_failures(run, "rollout", {ERROR: "\x1b[2J \ud800 first", CRASH: "signal 9"})
+    batch.tell_failures(run, "validation", {ERROR: "second"})
     shown = capsys.readouterr().out
     assert shown.count("warning: the reward mine:score failed.") == 2 and "reason/reward_crash" in shown
     assert "\\x1b[2J \\ud800 first" in shown and "second" not in shown and "\x1b" not in shown
