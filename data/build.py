@@ -59,34 +59,34 @@ SETS = {
 class Build:
     """Makes a folder of rows to train on from public sets of tool calls, or from files like theirs."""
 
+    #: The folder to make; `--data.path` of training takes it. An earlier build there is replaced, anything else is not.
     out: str
-    """The folder to make; `--data.path` of training takes it. An earlier build there is replaced, anything else is not."""
+    #: Conversations of ToolACE: `hub` for Team-ACE/ToolACE, another hub id, or a JSON, JSONL or Parquet file or a folder of
+    #: them. Your own conversations in its shape go here, too.
     toolace: str | None = None
-    """Conversations of ToolACE: `hub` for Team-ACE/ToolACE, another hub id, or a JSON, JSONL or Parquet file or a folder of
-    them. Your own conversations in its shape go here, too."""
+    #: Rows of xLAM: `hub` for Salesforce/xlam-function-calling-60k (gated: accept its conditions there first), or as above.
+    #: Your own rows of query or messages, tools and answers go here, too.
     xlam: str | None = None
-    """Rows of xLAM: `hub` for Salesforce/xlam-function-calling-60k (gated: accept its conditions there first), or as above.
-    Your own rows of query or messages, tools and answers go here, too."""
+    #: Keep answers that call nothing (ToolACE's prose, empty answers of xLAM). Take it for a model that should also know when
+    #: not to call; the paper's data has none.
     no_call: bool = False
-    """Keep answers that call nothing (ToolACE's prose, empty answers of xLAM). Take it for a model that should also know when
-    not to call; the paper's data has none."""
+    #: Share of the rows that lose the tools they call, so that the right answer is to call nothing. Take it, with a tenth or
+    #: less, where --no_call gives too few such rows. Rows that would have no tool left stay as they are.
     irrelevance: float = 0.0
-    """Share of the rows that lose the tools they call, so that the right answer is to call nothing. Take it, with a tenth or
-    less, where --no_call gives too few such rows. Rows that would have no tool left stay as they are."""
+    #: Share of xLAM's rows whose names of tools and parameters become random letters, so that a model reads descriptions
+    #: instead of guessing by names (Hammer). 0.67 in the released code of Tool-N1.
     masking: float = 0.0
-    """Share of xLAM's rows whose names of tools and parameters become random letters, so that a model reads descriptions
-    instead of guessing by names (Hammer). 0.67 in the released code of Tool-N1."""
+    #: Files and folders of benchmarks (the data/ of bfcl-eval, API-Bank, ACEBench): a row that asks what one of them asks is
+    #: dropped, and counted. Name all that you will evaluate on.
     benchmarks: tuple[str, ...] = ()
-    """Files and folders of benchmarks (the data/ of bfcl-eval, API-Bank, ACEBench): a row that asks what one of them asks is
-    dropped, and counted. Name all that you will evaluate on."""
+    #: Share of the rows that go to OUT/test instead, which training on OUT does not read: for eval.run --data.path OUT/test, or
+    #: eval.study --test OUT/test. 0.02 of 50 000 is plenty. They stay as they are, whatever --irrelevance and --masking are;
+    #: rows that begin with the same question, like the turns of a conversation, are on one side.
     test: float = 0.0
-    """Share of the rows that go to OUT/test instead, which training on OUT does not read: for eval.run --data.path OUT/test, or
-    eval.study --test OUT/test. 0.02 of 50 000 is plenty. They stay as they are, whatever --irrelevance and --masking are; rows
-    that begin with the same question, like the turns of a conversation, are on one side."""
+    #: Stop after so many rows kept of each source, for a quick look.
     limit: int | None = None
-    """Stop after so many rows kept of each source, for a quick look."""
+    #: Of what is drawn for --irrelevance, --masking and --test.
     seed: int = 0
-    """Of what is drawn for --irrelevance, --masking and --test."""
 
 
 @dataclass

@@ -33,13 +33,13 @@ INSTALL = "pip install -e '.[eval]'"
 class Args:
     """Scores replies to BFCL by the official runner, and says whether eval.bfcl agrees on each."""
 
+    #: A JSONL file whose lines have "id", the benchmark's own, and "output" or "text", the reply, as in bfcl.jsonl of eval.run.
+    #: Other benchmarks' ids are passed over.
     responses: Path
-    """A JSONL file whose lines have "id", the benchmark's own, and "output" or "text", the reply, as in bfcl.jsonl of
-    eval.run. Other benchmarks' ids are passed over."""
+    #: A new folder, for result/ and score/ of the official program.
     out: Path
-    """A new folder, for result/ and score/ of the official program."""
+    #: Which <tool_call> block of a reply counts.
     block: Literal["first", "last"] = "first"
-    """Which <tool_call> block of a reply counts."""
 
 
 @dataclass(frozen=True)

@@ -48,19 +48,19 @@ Ctrl-C stops a reply; without one, it ends the program, as Ctrl-D does."""
 class Args:
     """A conversation with a model that calls tools. No tool is called: /result says what it returned."""
 
+    #: A Hugging Face folder, a hub id, or the folder of a finished run.
     model: str
-    """A Hugging Face folder, a hub id, or the folder of a finished run."""
+    #: The tools on offer: a JSON list of {"name", "description", "parameters"}, OpenAI's {"type": "function", ...} too; or rows
+    #: of data (JSON, JSONL, Parquet), of which the first one's tools are taken.
     tools: Path
-    """The tools on offer: a JSON list of {"name", "description", "parameters"}, OpenAI's {"type": "function", ...} too; or rows
-    of data (JSON, JSONL, Parquet), of which the first one's tools are taken."""
+    #: 0: the likeliest reply. Above: one drawn at that temperature; the same conversation draws the same again.
     temperature: float = 0.0
-    """0: the likeliest reply. Above: one drawn at that temperature; the same conversation draws the same again."""
+    #: A reply that reaches this length is stopped. Left out: what the run trained with, where --model is one of reinforcement
+    #: learning, else 4096; at most half of the model's context. The rest is for the conversation.
     max_response_tokens: int | None = None
-    """A reply that reaches this length is stopped. Left out: what the run trained with, where --model is one of reinforcement
-    learning, else 4096; at most half of the model's context. The rest is for the conversation."""
+    #: A text file that replaces the built-in thinking template. Left out: that of the run, where --model is one. The model that
+    #: comes with the program, models/demo, wants data/demo_template.txt.
     template: Path | None = None
-    """A text file that replaces the built-in thinking template. Left out: that of the run, where --model is one. The model that
-    comes with the program, models/demo, wants data/demo_template.txt."""
 
 
 def read_tools(path: Path) -> list[dict[str, Any]]:

@@ -32,14 +32,14 @@ class Args:
     """One page on several models or checkpoints that answered the same benchmarks: scores with intervals, the paper's rows
     beside them, why replies are wrong, and what changed from one model to another."""
 
+    #: Folders that python -m eval.run --benchmarks wrote (its --out), each with the name that it should have on the page, if
+    #: that is not its own. One alone is fine: then there is a page of its scores, and nothing is set against it.
     folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=]DIR ...")] = ()
-    """Folders that python -m eval.run --benchmarks wrote (its --out), each with the name that it should have on the page, if
-    that is not its own. One alone is fine: then there is a page of its scores, and nothing is set against it."""
+    #: The folder to write: comparison.md, scores.png and errors.png. What it has of an earlier comparison is replaced.
     out: Path = Path("comparison")
-    """The folder to write: comparison.md, scores.png and errors.png. What it has of an earlier comparison is replaced."""
+    #: The name of the folder that all others are set against, item by item. Left out: the first. Give it where tables and
+    #: pictures should begin with another one.
     base: str = ""
-    """The name of the folder that all others are set against, item by item. Left out: the first. Give it where tables and
-    pictures should begin with another one."""
 
 
 def named(words: Sequence[str]) -> list[tuple[str, Path]]:

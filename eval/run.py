@@ -36,30 +36,30 @@ _DEMO_SEED = 1  # runs on the demo's tasks validate on those of seed 0
 
 @dataclass(frozen=True)
 class Data:
+    #: Rows to answer: a JSONL, JSON or Parquet file, a folder of them, a hub id; or `demo`, held-out tasks that the program
+    #: makes, others than a run validates on.
     path: str = ""
-    """Rows to answer: a JSONL, JSON or Parquet file, a folder of them, a hub id; or `demo`, held-out tasks that the program
-    makes, others than a run validates on."""
+    #: A text file that replaces the built-in thinking template, of rows and of benchmarks. Left out: that of the run,
+    #: where --model is one.
     template: str | None = None
-    """A text file that replaces the built-in thinking template, of rows and of benchmarks. Left out: that of the run, where
-    --model is one."""
 
 
 @dataclass(frozen=True)
 class Server:
     """Of --endpoint."""
 
+    #: Requests under way at once. Raise it until the rate grows no more or the server limits it; for a server of your own, as
+    #: many as it batches.
     concurrency: int = 16
-    """Requests under way at once. Raise it until the rate grows no more or the server limits it; for a server of your own, as
-    many as it batches."""
+    #: Seconds from a request to the end of its answer; then it is asked again. Raise it for long thoughts, or a busy server.
     timeout: float = 300.0
-    """Seconds from a request to the end of its answer; then it is asked again. Raise it for long thoughts, or a busy server."""
+    #: Times that a request is tried again after an error that may pass: rate limits, 5xx, no connection, no answer, rubbish.
     retries: int = 8
-    """Times that a request is tried again after an error that may pass: rate limits, 5xx, no connection, no answer, rubbish."""
+    #: The environment variable with the server's key. It may be unset, for a server that wants none.
     key_env: str = "OPENAI_API_KEY"
-    """The environment variable with the server's key. It may be unset, for a server that wants none."""
+    #: More fields of a request, as a JSON object: '{"reasoning_effort": "low"}'. null takes one of ours out, for models that
+    #: refuse it: '{"temperature": null, "max_tokens": null, "max_completion_tokens": 4096}'.
     body: str = "{}"
-    """More fields of a request, as a JSON object: '{"reasoning_effort": "low"}'. null takes one of ours out, for models that
-    refuse it: '{"temperature": null, "max_tokens": null, "max_completion_tokens": 4096}'."""
 
 
 @dataclass(frozen=True)
@@ -73,48 +73,49 @@ class Args:
     An evaluation on benchmarks that was stopped goes on with the same command.
     """
 
+    #: The folder to write. Of benchmarks: NAME.jsonl, a line an item as soon as it is answered, scores.json, scores.md; of
+    #: rows: responses.jsonl (and samples.jsonl) with verdicts, each as soon as it is whole, and scores.json.
     out: Path
-    """The folder to write. Of benchmarks: NAME.jsonl, a line an item as soon as it is answered, scores.json, scores.md; of
-    rows: responses.jsonl (and samples.jsonl) with verdicts, each as soon as it is whole, and scores.json."""
+    #: A Hugging Face folder, a hub id, or the folder of a finished run. With --endpoint: the model's name there;
+    #: with --replies: a name for the scores, if you like.
     model: str = ""
-    """A Hugging Face folder, a hub id, or the folder of a finished run. With --endpoint: the model's name there; with
-    --replies: a name for the scores, if you like."""
     data: Data = Data()
+    #: bfcl, api_bank, acebench, or several with commas between. BFCL comes with a package, the others' files are yours to
+    #: fetch; what is missing is said, with the command.
     benchmarks: str | None = None
-    """bfcl, api_bank, acebench, or several with commas between. BFCL comes with a package, the others' files are yours to
-    fetch; what is missing is said, with the command."""
+    #: Some categories of the benchmarks, with commas between, for a look at one kind of task. Means that need others, too, are
+    #: left out.
     categories: str | None = None
-    """Some categories of the benchmarks, with commas between, for a look at one kind of task. Means that need others, too, are
-    left out."""
+    #: For a first look. Of benchmarks: items of each category, at most, in equal steps over its file, the same ones each time.
+    #: Of rows: so many in all; of a file's, some by a fixed shuffle; of the demo's, 256 if left out.
     limit: int | None = None
-    """For a first look. Of benchmarks: items of each category, at most, in equal steps over its file, the same ones each time.
-    Of rows: so many in all; of a file's, some by a fixed shuffle; of the demo's, 256 if left out."""
     bfcl: Bfcl = Bfcl()
     api_bank: ApiBank = ApiBank()
     acebench: AceBench = AceBench()
+    #: Judge replies to benchmarks that were made elsewhere, without a model: JSON lines of {"id": ..., "output": ...},
+    #: and "benchmark" where two have the id. What it lacks counts as wrong. The files NAME.jsonl of this program are such
+    #: files.
     replies: Path | None = None
-    """Judge replies to benchmarks that were made elsewhere, without a model: JSON lines of {"id": ..., "output": ...}, and
-    "benchmark" where two have the id. What it lacks counts as wrong. The files NAME.jsonl of this program are such files."""
+    #: Put benchmarks to a server of OpenAI's /chat/completions (vLLM, SGLang, llama.cpp, a provider) instead of loading a
+    #: model, with the same prompts and verdicts: http://localhost:8000/v1.
     endpoint: str | None = None
-    """Put benchmarks to a server of OpenAI's /chat/completions (vLLM, SGLang, llama.cpp, a provider) instead of loading a
-    model, with the same prompts and verdicts: http://localhost:8000/v1."""
     server: Server = Server()
+    #: A response that reaches this length is stopped, and mostly wrong. Left out: what the run trained with, where --model is
+    #: one of reinforcement learning; else half of the model's context, or of rows what the longest leaves of it; at most 4096.
+    #: Lower it for speed, the same for all models that you compare.
     max_response_tokens: int | None = None
-    """A response that reaches this length is stopped, and mostly wrong. Left out: what the run trained with, where --model is
-    one of reinforcement learning; else half of the model's context, or of rows what the longest leaves of it; at most 4096.
-    Lower it for speed, the same for all models that you compare."""
+    #: Of rows: also draw so many responses to each. How many of them are right tells how sure a model is, where the greedy ones
+    #: of two models are alike.
     samples: int = 0
-    """Of rows: also draw so many responses to each. How many of them are right tells how sure a model is, where the greedy ones
-    of two models are alike."""
+    #: Of benchmarks: 0 if left out, the most likely reply, as published numbers mostly are; above, drawn, the same each time.
+    #: Of --samples: 0.7 if left out, as in training (unless you changed it), to see what it learns from; other temperatures
+    #: give scores that do not compare.
     temperature: float | None = None
-    """Of benchmarks: 0 if left out, the most likely reply, as published numbers mostly are; above, drawn, the same each time.
-    Of --samples: 0.7 if left out, as in training (unless you changed it), to see what it learns from; other temperatures give
-    scores that do not compare."""
+    #: Responses decoded at once. Left out: what the device's memory holds (128 on a CPU). Lower it where memory runs out.
     rows: int | None = None
-    """Responses decoded at once. Left out: what the device's memory holds (128 on a CPU). Lower it where memory runs out."""
+    #: Devices that share one copy of the weights, a divisor of this host's. Left out: as few as hold it. Raise it where memory
+    #: runs out at the least --rows, or to answer few rows sooner.
     tensor: int | None = None
-    """Devices that share one copy of the weights, a divisor of this host's. Left out: as few as hold it. Raise it where memory
-    runs out at the least --rows, or to answer few rows sooner."""
 
 
 @dataclass(frozen=True)

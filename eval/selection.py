@@ -18,29 +18,29 @@ MODULES = {"bfcl": bfcl, "api_bank": api_bank, "acebench": acebench}
 
 @dataclass(frozen=True)
 class Bfcl:
+    #: Which <tool_call> block of a reply counts. first: as in the paper's own evaluation; last: as in the reward of training,
+    #: for models that write more than one.
     block: Literal["first", "last"] = "first"
-    """Which <tool_call> block of a reply counts. first: as in the paper's own evaluation; last: as in the reward of training,
-    for models that write more than one."""
+    #: 49 live items have a system message, which is shown at the end of our own. With no_ it is left out, as in the paper's own
+    #: evaluation, which overwrote it; say which, where you report.
     system_messages: bool = True
-    """49 live items have a system message, which is shown at the end of our own. With no_ it is left out, as in the paper's own
-    evaluation, which overwrote it; say which, where you report."""
 
 
 @dataclass(frozen=True)
 class ApiBank:
+    #: Its file level-1-api.json, or the folder with it. Its authors have it at
+    #: https://huggingface.co/datasets/liminghao1630/API-Bank, in test-data/ (0.9 MB).
     path: str = ""
-    """Its file level-1-api.json, or the folder with it. Its authors have it at
-    https://huggingface.co/datasets/liminghao1630/API-Bank, in test-data/ (0.9 MB)."""
+    #: The dialogue so far as one user message, as others ask it, or as turns of a chat, to see what difference that makes.
     layout: Literal["one_message", "turns"] = "one_message"
-    """The dialogue so far as one user message, as others ask it, or as turns of a chat, to see what difference that makes."""
 
 
 @dataclass(frozen=True)
 class AceBench:
+    #: The folder of `git clone https://github.com/ACEBench/ACEBench`; or its data_all/data_zh, for the Chinese tasks.
     path: str = ""
-    """The folder of `git clone https://github.com/ACEBench/ACEBench`; or its data_all/data_zh, for the Chinese tasks."""
+    #: The question as its authors ask it, the dialogue so far in one user message, or as turns of a chat.
     layout: Literal["one_message", "turns"] = "one_message"
-    """The question as its authors ask it, the dialogue so far in one user message, or as turns of a chat."""
 
 
 @dataclass(frozen=True)

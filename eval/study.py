@@ -49,37 +49,37 @@ PAPER = "Qwen/Qwen2.5-7B-Instruct"
 class Args:
     """A study of Tool-N1: its runs, their evaluation, and the table."""
 
+    #: recipes: supervised, reinforced or both (Table 3); rewards (Table 4); data: which source (Table 5); sizes: models of
+    #: several sizes and families (Figures 4 and 5).
     study: Annotated[Literal["recipes", "rewards", "data", "sizes"], tyro.conf.Positional]
-    """recipes: supervised, reinforced or both (Table 3); rewards (Table 4); data: which source (Table 5); sizes: models of
-    several sizes and families (Figures 4 and 5)."""
+    #: The study's folder. The same command again goes on with what is in it.
     out: Path
-    """The study's folder. The same command again goes on with what is in it."""
+    #: demo: the tiny model and the tasks that come with the program, in under an hour on two CPU cores.
     scale: Literal["demo", "paper"] = "paper"
-    """demo: the tiny model and the tasks that come with the program, in under an hour on two CPU cores."""
+    #: Runs of each row, with the seeds 0, 1, ... The table has their mean and spread. 1 for a first look; 3 or more before you
+    #: believe a difference between rows. Raise it later with the same --out: what has run is kept.
     seeds: int = 3
-    """Runs of each row, with the seeds 0, 1, ... The table has their mean and spread. 1 for a first look; 3 or more before you
-    believe a difference between rows. Raise it later with the same --out: what has run is kept."""
+    #: Rows to train on by reinforcement, as `data.build` writes them: for `data`, both sources together.
     data: str = ""
-    """Rows to train on by reinforcement, as `data.build` writes them: for `data`, both sources together."""
+    #: For `data`: the rows of ToolACE alone.
     toolace: str = ""
-    """For `data`: the rows of ToolACE alone."""
+    #: For `data`: the rows of xLAM alone.
     xlam: str = ""
-    """For `data`: the rows of xLAM alone."""
+    #: For `recipes`: rows with the reasoning of a stronger model; supervised and reinforced runs both take these.
     reasoning: str = ""
-    """For `recipes`: rows with the reasoning of a stronger model; supervised and reinforced runs both take these."""
+    #: Rows that no run trains on: what the finished models are scored on.
     test: str = ""
-    """Rows that no run trains on: what the finished models are scored on."""
+    #: Of these (or of the demo's 256), at most so many, the same ones for all models: for a first look, or where scoring takes
+    #: long. A share of n rows is known to about ± 1 / sqrt(n).
     limit: int | None = None
-    """Of these (or of the demo's 256), at most so many, the same ones for all models: for a first look, or where scoring takes
-    long. A share of n rows is known to about ± 1 / sqrt(n)."""
+    #: The model to begin from, where it is not the paper's (or, at demo scale, the demo's).
     model: str = ""
-    """The model to begin from, where it is not the paper's (or, at demo scale, the demo's)."""
+    #: Further options for every supervised run, in one pair of quotes and after an equals sign: those of your machine, say.
     sft: str = ""
-    """Further options for every supervised run, in one pair of quotes and after an equals sign: those of your machine, say."""
+    #: Further options for every run of reinforcement learning, likewise: --train="--run.steps 50".
     train: str = ""
-    """Further options for every run of reinforcement learning, likewise: --train="--run.steps 50"."""
+    #: Print the commands, and run and write nothing. Take it to look at them, or to give them to a launcher of your own.
     dry_run: bool = False
-    """Print the commands, and run and write nothing. Take it to look at them, or to give them to a launcher of your own."""
 
 
 @dataclass(frozen=True)

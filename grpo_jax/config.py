@@ -26,250 +26,250 @@ DEMO_TEMPLATE = ROOT / "data" / "demo_template.txt"
 
 @dataclass(frozen=True)
 class Run:
+    #: The run's folder. Starting again with the same folder resumes the run from its newest checkpoint.
     dir: str = "runs/grpo"
-    """The run's folder. Starting again with the same folder resumes the run from its newest checkpoint."""
+    #: Steps to train. One step samples, scores and learns from one batch of prompts. Left out: as many as `epochs` takes.
     steps: int | None = None
-    """Steps to train. One step samples, scores and learns from one batch of prompts. Left out: as many as `epochs` takes."""
+    #: Passes over the training rows, where `steps` is left out.
     epochs: float = 7.0
-    """Passes over the training rows, where `steps` is left out."""
+    #: Of all that is drawn: which rows are held out, the order of the others, and the random key of every sampled token. From 0
+    #: to 2147483647.
     seed: int = 0
-    """Of all that is drawn: which rows are held out, the order of the others, and the random key of every sampled token. From 0
-    to 2147483647."""
+    #: Minutes from the start after which the machine is taken away: the run saves and ends before, with exit code 75, and the
+    #: same command goes on. For machines that send no SIGTERM; a last minute (of short limits, a tenth) is kept for saving, and
+    #: no step is begun that would take longer than is left. Left out: no limit.
     time_limit: float | None = None
-    """Minutes from the start after which the machine is taken away: the run saves and ends before, with exit code 75, and the
-    same command goes on. For machines that send no SIGTERM; a last minute (of short limits, a tenth) is kept for saving, and no
-    step is begun that would take longer than is left. Left out: no limit."""
+    #: Minutes in which nothing moves after which the stacks of all threads are written to `stalls.txt` in the run's folder, and
+    #: again as often as they pass; the run is left alone. More where one optimizer step takes as long. 0: off.
     watchdog: float = 30.0
-    """Minutes in which nothing moves after which the stacks of all threads are written to `stalls.txt` in the run's folder, and
-    again as often as they pass; the run is left alone. More where one optimizer step takes as long. 0: off."""
+    #: Also write the metrics as TensorBoard events, under `tensorboard/` in the run's folder.
     tensorboard: bool = True
-    """Also write the metrics as TensorBoard events, under `tensorboard/` in the run's folder."""
 
 
 @dataclass(frozen=True)
 class Model:
+    #: A Hugging Face folder or hub id of a Qwen2.5 or Llama 3 model with its tokenizer and chat template; or the folder of a
+    #: finished run, whose trained model is taken. `org/name@revision` stays with that commit, or tag, of the hub.
     path: str = ""
-    """A Hugging Face folder or hub id of a Qwen2.5 or Llama 3 model with its tokenizer and chat template; or the folder of a
-    finished run, whose trained model is taken. `org/name@revision` stays with that commit, or tag, of the hub."""
 
 
 @dataclass(frozen=True)
 class Data:
+    #: Rows of tool calls: a JSONL, JSON or Parquet file, a folder of them, a hub id (`org/name@revision` for one commit of it);
+    #: or `demo`, tasks the program makes.
     path: str = ""
-    """Rows of tool calls: a JSONL, JSON or Parquet file, a folder of them, a hub id (`org/name@revision` for one commit of it);
-    or `demo`, tasks the program makes."""
+    #: A text file that replaces the built-in thinking template; `{tools}` in it stands for the tools, one a line.
     template: str | None = None
-    """A text file that replaces the built-in thinking template; `{tools}` in it stands for the tools, one a line."""
+    #: Rows to validate on. Left out: `validation_fraction` of the rows of `path`, by a seeded shuffle.
     validation_path: str | None = None
-    """Rows to validate on. Left out: `validation_fraction` of the rows of `path`, by a seeded shuffle."""
+    #: Share of the rows held out for validation.
     validation_fraction: float = 0.1
-    """Share of the rows held out for validation."""
+    #: Train on the rows of these sources only, named with commas between: `toolace`, `xlam` of a folder of data.build, or what
+    #: stands under "source" in rows of your own. To see what each is worth; validation stays on rows of all. Left out: all.
     sources: str | None = None
-    """Train on the rows of these sources only, named with commas between: `toolace`, `xlam` of a folder of data.build, or what
-    stands under "source" in rows of your own. To see what each is worth; validation stays on rows of all. Left out: all."""
+    #: Where the share of the training rows begins that this run uses, in their seeded order, held-out rows left aside:
+    #: with 0.5, and the same data and seed, a run has none of the rows of one that ended at 0.5.
     begin: float = 0.0
-    """Where the share of the training rows begins that this run uses, in their seeded order, held-out rows left aside: with
-    0.5, and the same data and seed, a run has none of the rows of one that ended at 0.5."""
+    #: Where that share ends. 0.5 for a first run that is to leave half of the rows to a second one, for a quick look 0.1.
     end: float = 1.0
-    """Where that share ends. 0.5 for a first run that is to leave half of the rows to a second one, for a quick look 0.1."""
+    #: What supervised training imitates: a thought and the right calls, or the calls alone, without a think block. GRPO gives
+    #: no replies and does not read it.
     replies: Literal["reasoning", "calls"] = "reasoning"
-    """What supervised training imitates: a thought and the right calls, or the calls alone, without a think block. GRPO gives
-    no replies and does not read it."""
 
 
 @dataclass(frozen=True)
 class Rollout:
+    #: Responses sampled to each prompt, G. More makes advantages less noisy; the prompt is computed once whatever G is.
     group_size: int = 5
-    """Responses sampled to each prompt, G. More makes advantages less noisy; the prompt is computed once whatever G is."""
+    #: Prompts sampled a step, N.
     prompts_per_step: int = 1024
-    """Prompts sampled a step, N."""
+    #: Longer prompts are dropped before training, and counted; never cut.
     max_prompt_tokens: int = 4096
-    """Longer prompts are dropped before training, and counted; never cut."""
+    #: A response that reaches this length is stopped, and marked truncated.
     max_response_tokens: int = 8192
-    """A response that reaches this length is stopped, and marked truncated."""
+    #: Of sampling, and of the log-probs in the loss.
     temperature: float = 0.7
-    """Of sampling, and of the log-probs in the loss."""
+    #: Must be 1 in training: the log-probs of a cut distribution are not those of the policy.
     top_p: float = 1.0
-    """Must be 1 in training: the log-probs of a cut distribution are not those of the policy."""
+    #: Must be 0 (off) in training, for the same reason.
     top_k: int = 0
-    """Must be 0 (off) in training, for the same reason."""
+    #: Tokens decoded between two looks at which responses have ended. Lower wastes fewer tokens, higher calls less often.
     decode_steps_per_call: int = 32
-    """Tokens decoded between two looks at which responses have ended. Lower wastes fewer tokens, higher calls less often."""
+    #: Responses decoded at once. Left out: what the device's memory holds (128 where it does not tell, as on a CPU), taken once
+    #: a run. No sample depends on it; lower it if memory runs out while sampling.
     rows: int | None = None
-    """Responses decoded at once. Left out: what the device's memory holds (128 where it does not tell, as on a CPU), taken
-    once a run. No sample depends on it; lower it if memory runs out while sampling."""
+    #: Devices of a host that share one copy of the weights while sampling. Left out: as few as hold it.
     tensor: int | None = None
-    """Devices of a host that share one copy of the weights while sampling. Left out: as few as hold it."""
+    #: Above 0: groups of equal rewards, which teach nothing, are replaced by those of the next prompts, for which up to so many
+    #: more batches are sampled a step (DAPO's dynamic sampling). Worth it where `groups/zero_variance` is high.
+    #: Give --run.steps with it, since `epochs` counts one batch a step.
     refills: int = 0
-    """Above 0: groups of equal rewards, which teach nothing, are replaced by those of the next prompts, for which up to so many
-    more batches are sampled a step (DAPO's dynamic sampling). Worth it where `groups/zero_variance` is high. Give --run.steps
-    with it, since `epochs` counts one batch a step."""
 
 
 @dataclass(frozen=True)
 class Reward:
+    #: binary, binary_no_reasoning, format, format_and_names, lexicographic; or your own, as `package.module:function`.
     kind: str = "binary"
-    """binary, binary_no_reasoning, format, format_and_names, lexicographic; or your own, as `package.module:function`."""
+    #: Above 0: in training, responses that come within so many tokens of --rollout.max_response_tokens lose up
+    #: to `overlong_penalty`, evenly growing (DAPO), so that length is learned before it is cut. 0: off.
     overlong_margin: int = 0
-    """Above 0: in training, responses that come within so many tokens of --rollout.max_response_tokens lose up to
-    `overlong_penalty`, evenly growing (DAPO), so that length is learned before it is cut. 0: off."""
+    #: What a response of full length loses. 1, as much as a right response earns, makes none worth being cut.
     overlong_penalty: float = 1.0
-    """What a response of full length loses. 1, as much as a right response earns, makes none worth being cut."""
+    #: Processes that call a reward of your own, so that one that hangs or crashes does not end the run. More of them score
+    #: several groups at once; then it should keep no state from call to call. 0 calls it in this process, for a debugger, say,
+    #: or where it needs the accelerator. Built-in rewards need none.
     workers: int = 1
-    """Processes that call a reward of your own, so that one that hangs or crashes does not end the run. More of them score
-    several groups at once; then it should keep no state from call to call. 0 calls it in this process, for a debugger, say, or
-    where it needs the accelerator. Built-in rewards need none."""
+    #: Seconds that a call of your own reward, which is one group, may take before its process is killed and the group scores 0.
+    #: Raise it for a reward that asks a server; 0 for no limit. Without `workers` nothing can end a call, and it is not read.
     timeout: float = 60.0
-    """Seconds that a call of your own reward, which is one group, may take before its process is killed and the group scores 0.
-    Raise it for a reward that asks a server; 0 for no limit. Without `workers` nothing can end a call, and it is not read."""
 
 
 @dataclass(frozen=True)
 class Loss:
+    #: std divides a group's centred rewards by their standard deviation; mean_only leaves them (Dr. GRPO); rloo compares each
+    #: with the mean of the others.
     normalize: Literal["std", "mean_only", "rloo"] = "std"
-    """std divides a group's centred rewards by their standard deviation; mean_only leaves them (Dr. GRPO); rloo compares each
-    with the mean of the others."""
+    #: ppo clips each token's ratio to the sampling policy; gspo that of the whole response (steadier for long ones; wants edges
+    #: of 3e-4 and 4e-4 and the mean by sequence: see the preset); cispo weighs every token by its clipped ratio and drops none.
     objective: Literal["ppo", "gspo", "cispo"] = "ppo"
-    """ppo clips each token's ratio to the sampling policy; gspo that of the whole response (steadier for long ones; wants edges
-    of 3e-4 and 4e-4 and the mean by sequence: see the preset); cispo weighs every token by its clipped ratio and drops none."""
+    #: token_mean: every token of a mini-batch counts alike, so long responses count more. sequence_mean: every response does.
+    #: constant: as token_mean, but divided by the responses and --rollout.max_response_tokens, not by the tokens (Dr. GRPO).
     mean: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
-    """token_mean: every token of a mini-batch counts alike, so long responses count more. sequence_mean: every response does.
-    constant: as token_mean, but divided by the responses and --rollout.max_response_tokens, not by the tokens (Dr. GRPO)."""
+    #: The ratio to the sampling policy is clipped at 1 - clip_low, which bounds how far a bad token falls in a step ...
     clip_low: float = 0.2
-    """The ratio to the sampling policy is clipped at 1 - clip_low, which bounds how far a bad token falls in a step ..."""
+    #: ... and at 1 + clip_high, how far a good one rises. Larger than clip_low keeps entropy up (DAPO).
     clip_high: float = 0.2
-    """... and at 1 + clip_high, how far a good one rises. Larger than clip_low keeps entropy up (DAPO)."""
+    #: Above 0, with --update.recompute_old_logp: tokens are weighed by how much likelier they are to the learner than to the
+    #: sampler, up to this (2, say). For when `rollout/logp_mismatch` is not small. 0: off.
     importance_cap: float = 0.0
-    """Above 0, with --update.recompute_old_logp: tokens are weighed by how much likelier they are to the learner than to the
-    sampler, up to this (2, say). For when `rollout/logp_mismatch` is not small. 0: off."""
+    #: Weight of the KL term against the initial policy. 0 needs no reference model: less memory, a faster step.
     kl_coefficient: float = 1e-3
-    """Weight of the KL term against the initial policy. 0 needs no reference model: less memory, a faster step."""
+    #: The estimator of the KL: k3, the paper's, varies least and is never negative; k1 is unbiased and varies most; k2 (half
+    #: the square) pulls evenly in both directions.
     kl_kind: Literal["k3", "k1", "k2"] = "k3"
-    """The estimator of the KL: k3, the paper's, varies least and is never negative; k1 is unbiased and varies most; k2 (half
-    the square) pulls evenly in both directions."""
+    #: Weight of an entropy bonus. Take 1e-3 or so where `entropy/mean` falls to nothing while the reward still could rise.
     entropy_coefficient: float = 0.0
-    """Weight of an entropy bonus. Take 1e-3 or so where `entropy/mean` falls to nothing while the reward still could rise."""
+    #: Leave out groups whose rewards are all equal. They teach nothing but the KL term; leaving them out saves their time.
     skip_zero_variance: bool = False
-    """Leave out groups whose rewards are all equal. They teach nothing but the KL term; leaving them out saves their time."""
 
 
 @dataclass(frozen=True)
 class Optimizer:
+    #: The peak learning rate of AdamW.
     learning_rate: float = 1e-6
-    """The peak learning rate of AdamW."""
+    #: constant, or cosine down to 0 over the run.
     schedule: Literal["constant", "cosine"] = "constant"
-    """constant, or cosine down to 0 over the run."""
+    #: Share of the optimizer steps in which the learning rate rises from 0.
     warmup: float = 0.0
-    """Share of the optimizer steps in which the learning rate rises from 0."""
+    #: Decoupled, on every parameter.
     weight_decay: float = 0.01
-    """Decoupled, on every parameter."""
+    #: The gradient is scaled down to this global norm.
     clip_norm: float = 1.0
-    """The gradient is scaled down to this global norm."""
+    #: Decay of Adam's first moment.
     b1: float = 0.9
-    """Decay of Adam's first moment."""
+    #: Decay of Adam's second moment.
     b2: float = 0.999
-    """Decay of Adam's second moment."""
+    #: Optimizer steps in a row that may be left out because their loss, gradient or log-probs were not finite; at one more the
+    #: run stops. They are counted (`learner/skipped`), and what they would have learned from is kept in the run's folder.
     skips: int = 5
-    """Optimizer steps in a row that may be left out because their loss, gradient or log-probs were not finite; at one more the
-    run stops. They are counted (`learner/skipped`), and what they would have learned from is kept in the run's folder."""
+    #: How Adam's moments are kept. bfloat16 takes 4 bytes a parameter instead of 8, where memory is short; the second moment,
+    #: rounded at random in every step, then scatters by a few per cent.
     moments: Literal["float32", "bfloat16"] = "float32"
-    """How Adam's moments are kept. bfloat16 takes 4 bytes a parameter instead of 8, where memory is short; the second moment,
-    rounded at random in every step, then scatters by a few per cent."""
 
 
 @dataclass(frozen=True)
 class Update:
+    #: Prompts an optimizer step learns from. Fewer than prompts_per_step gives several optimizer steps a batch.
     prompts_per_minibatch: int = 256
-    """Prompts an optimizer step learns from. Fewer than prompts_per_step gives several optimizer steps a batch."""
+    #: Times each batch is learned from.
     passes: int = 1
-    """Times each batch is learned from."""
+    #: Take the old log-probs from the learner's forward pass instead of the sampler's (one more forward pass a step).
     recompute_old_logp: bool = False
-    """Take the old log-probs from the learner's forward pass instead of the sampler's (one more forward pass a step)."""
 
 
 @dataclass(frozen=True)
 class Learner:
+    #: Tokens a device computes at once, prompts counted once a group. Lower it if memory runs out in learning: the result stays
+    #: the same. (The rows that attention by cudnn or splash gathers inside hold copies of the prompts beside that.)
     tokens_per_microbatch: int = 30720
-    """Tokens a device computes at once, prompts counted once a group. Lower it if memory runs out in learning: the result
-    stays the same. (The rows that attention by cudnn or splash gathers inside hold copies of the prompts beside that.)"""
+    #: What the backward pass computes again: nothing (most memory); the elementwise parts of a layer (somewhat less); all of a
+    #: layer but its attention (much less); or all of it (least memory). auto: attention where that is by tiles, full where it
+    #: is by a fused kernel, whose output holds each prompt once a response.
     remat: Literal["auto", "none", "elementwise", "attention", "full"] = "auto"
-    """What the backward pass computes again: nothing (most memory); the elementwise parts of a layer (somewhat
-    less); all of a layer but its attention (much less); or all of it (least memory). auto: attention where that is by
-    tiles, full where it is by a fused kernel, whose output holds each prompt once a response."""
+    #: Of the computation; master weights are float32. auto: float32 on CPU, bfloat16 on accelerators.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation; master weights are float32. auto: float32 on CPU, bfloat16 on accelerators."""
+    #: The kernel of attention in learning, and of the prompts in sampling. auto: cudnn on NVIDIA in bfloat16, splash on TPU,
+    #: tiles (plain XLA) elsewhere. cudnn and splash have been compiled for such devices and not run yet: if a step fails, or
+    #: the alarm on log-probs sounds, take tiles.
     attention: Literal["auto", "tiles", "cudnn", "splash"] = "auto"
-    """The kernel of attention in learning, and of the prompts in sampling. auto: cudnn on NVIDIA in bfloat16, splash on TPU,
-    tiles (plain XLA) elsewhere. cudnn and splash have been compiled for such devices and not run yet: if a step fails, or
-    the alarm on log-probs sounds, take tiles."""
+    #: What rests in the host's memory, and is on the device for its phase only, where memory is short: the reference weights (2
+    #: bytes a parameter), Adam's moments (8), or both. The result is the same; each costs transfers, the reference one a step,
+    #: the moments two an optimizer step.
     offload: Literal["none", "reference", "optimizer", "both"] = "none"
-    """What rests in the host's memory, and is on the device for its phase only, where memory is short: the reference weights (2
-    bytes a parameter), Adam's moments (8), or both. The result is the same; each costs transfers, the reference one a step, the
-    moments two an optimizer step."""
 
 
 @dataclass(frozen=True)
 class Lora:
+    #: 0: the whole model is learned. Above: adapters of this rank beside a frozen model (LoRA), where memory is short: a frozen
+    #: weight takes 2 bytes in bfloat16, a learned one about 20. 8 to 64 is usual, with ten times the learning rate or more.
     rank: int = 0
-    """0: the whole model is learned. Above: adapters of this rank beside a frozen model (LoRA), where memory is short: a frozen
-    weight takes 2 bytes in bfloat16, a learned one about 20. 8 to 64 is usual, with ten times the learning rate or more."""
+    #: The adapters' product counts alpha / rank times. Higher acts like a higher learning rate.
     alpha: float = 16.0
-    """The adapters' product counts alpha / rank times. Higher acts like a higher learning rate."""
+    #: The matrices of each layer that have adapters, by PEFT's names. Fewer save little memory; all of them learn best.
     targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-    """The matrices of each layer that have adapters, by PEFT's names. Fewer save little memory; all of them learn best."""
 
 
 @dataclass(frozen=True)
 class Mesh:
+    #: Devices that hold whole copies of the weights. Left out: what the other two leave.
     data: int | None = None
-    """Devices that hold whole copies of the weights. Left out: what the other two leave."""
+    #: Devices that share the weights and optimizer state and gather them layer by layer. Left out: what `data` and `tensor`
+    #: leave; 1 where `data` is left out, too; where all three are, as few as keep the state in a quarter of a device's memory.
     fsdp: int | None = None
-    """Devices that share the weights and optimizer state and gather them layer by layer. Left out: what `data` and `tensor`
-    leave; 1 where `data` is left out, too; where all three are, as few as keep the state in a quarter of a device's memory."""
+    #: Devices that split heads and feed-forward width.
     tensor: int = 1
-    """Devices that split heads and feed-forward width."""
 
 
 @dataclass(frozen=True)
 class Hosts:
+    #: Who says which hosts belong together. auto: Slurm's srun, Open MPI's mpirun, the workers that the environment of a TPU
+    #: pod names, or the flags below; tpu: a pod whose workers are named elsewhere (TPU VMs); none: this host alone, whatever
+    #: the environment says. Every host runs the same command, one process each.
     launcher: Literal["auto", "tpu", "none"] = "auto"
-    """Who says which hosts belong together. auto: Slurm's srun, Open MPI's mpirun, the workers that the environment of a TPU
-    pod names, or the flags below; tpu: a pod whose workers are named elsewhere (TPU VMs); none: this host alone, whatever
-    the environment says. Every host runs the same command, one process each."""
+    #: Address and port of the first host, as in 10.0.0.1:1234, where no launcher says it.
     coordinator: str | None = None
-    """Address and port of the first host, as in 10.0.0.1:1234, where no launcher says it."""
+    #: Hosts in all, where no launcher says it.
     count: int | None = None
-    """Hosts in all, where no launcher says it."""
+    #: This host, from 0, where no launcher says it.
     index: int | None = None
-    """This host, from 0, where no launcher says it."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
+    #: Steps between checkpoints; one is always written at the end.
     every: int = 10
-    """Steps between checkpoints; one is always written at the end."""
+    #: Newest checkpoints kept.
     keep: int = 2
-    """Newest checkpoints kept."""
 
 
 @dataclass(frozen=True)
 class Validation:
+    #: Steps between validations; there is always one before the first step and one after the last. 0: only those two.
     every: int = 10
-    """Steps between validations; there is always one before the first step and one after the last. 0: only those two."""
+    #: Validation rows used, at most, and tasks of each benchmark. 0: no validation.
     limit: int = 512
-    """Validation rows used, at most, and tasks of each benchmark. 0: no validation."""
+    #: Benchmarks to answer at each validation beside the rows, to see whether what is learned carries over: names with commas
+    #: between, `eval.bfcl:simple_python` (or another category of BFCL), or your own
+    #: as `package.module:function` (docs/training.md, section 6). Tasks of theirs take the time of as many rows. Supervised
+    #: training samples no responses, and refuses it.
     benchmarks: str | None = None
-    """Benchmarks to answer at each validation beside the rows, to see whether what is learned carries over: names with commas
-    between, `eval.bfcl:simple_python` (or another category of BFCL), or your own as `package.module:function`
-    (docs/training.md, section 6). Tasks of theirs take the time of as many rows. Supervised training samples no responses,
-    and refuses it."""
 
 
 @dataclass(frozen=True)
 class Export:
+    #: Of the Hugging Face folder `hf/` written at the end. With --lora.rank it holds the merged weights; `adapter/` beside it,
+    #: for PEFT, is always float32.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the Hugging Face folder `hf/` written at the end. With --lora.rank it holds the merged weights; `adapter/` beside it,
-    for PEFT, is always float32."""
 
 
 @dataclass(frozen=True)
@@ -295,10 +295,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Batch:
+    #: Rows an optimizer step learns from.
     rows_per_step: int = 32
-    """Rows an optimizer step learns from."""
+    #: Rows whose prompt and reply are longer together are dropped, and counted.
     max_tokens: int = 2048
-    """Rows whose prompt and reply are longer together are dropped, and counted."""
 
 
 @dataclass(frozen=True)

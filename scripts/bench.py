@@ -66,48 +66,48 @@ class Args:
     python scripts/bench.py update logprob --model qwen2.5-0.5b --layers 4 --drawn
     """
 
+    #: What to time, in this order.
     sections: Annotated[tuple[Section, ...], tyro.conf.Positional]
-    """What to time, in this order."""
+    #: A size that the program knows, with random weights, or a Hugging Face folder. Other programs need a folder.
     model: str = "qwen2.5-0.5b"
-    """A size that the program knows, with random weights, or a Hugging Face folder. Other programs need a folder."""
+    #: Only the first so many layers, where the whole model does not fit.
     layers: int | None = None
-    """Only the first so many layers, where the whole model does not fit."""
+    #: Prompts a step, N.
     prompts: int = 4
-    """Prompts a step, N."""
+    #: Responses to each, G.
     group_size: int = 5
-    """Responses to each, G."""
+    #: Length of every prompt.
     prompt_tokens: int = 384
-    """Length of every prompt."""
+    #: Length of every response.
     response_tokens: int = 64
-    """Length of every response."""
+    #: Draw the lengths as tool calling has them (data/lengths.py) instead of the two above.
     drawn: bool = False
-    """Draw the lengths as tool calling has them (data/lengths.py) instead of the two above."""
+    #: Rounds that count. One more, before them, warms up.
     repeats: int = 5
-    """Rounds that count. One more, before them, warms up."""
+    #: Of the computation; auto: float32 on CPU, bfloat16 on accelerators.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation; auto: float32 on CPU, bfloat16 on accelerators."""
+    #: Of sampling, and of the log-probs.
     temperature: float = 0.7
-    """Of sampling, and of the log-probs."""
+    #: Tokens a device computes at once in update and log-probs.
     tokens_per_microbatch: int = 8192
-    """Tokens a device computes at once in update and log-probs."""
+    #: What the backward pass computes again, as --learner.remat.
     remat: Literal["none", "elementwise", "attention", "full"] = "attention"
-    """What the backward pass computes again, as --learner.remat."""
+    #: The kernel of attention in learning, as --learner.attention.
     attention: Literal["auto", "tiles", "cudnn", "splash"] = "auto"
-    """The kernel of attention in learning, as --learner.attention."""
+    #: Responses decoded at once, as --rollout.rows; left out, the memory of the device decides.
     rows: int | None = None
-    """Responses decoded at once, as --rollout.rows; left out, the memory of the device decides."""
+    #: Tokens decoded between two looks of the host.
     decode_steps_per_call: int = 32
-    """Tokens decoded between two looks of the host."""
+    #: Others to time beside: copied in every section but attention, transformers in rollout, trl in step (these two on a CPU,
+    #: in float32, with a Hugging Face folder as --model).
     against: tuple[Literal["copied", "transformers", "trl"], ...] = ()
-    """Others to time beside: copied in every section but attention, transformers in rollout, trl in step (these two on a CPU,
-    in float32, with a Hugging Face folder as --model)."""
+    #: Rows that transformers and trl compute at once: each is tried, the fastest kept. Left out: one group, and all; trl keeps
+    #: the activations of all of them, so give it fewer where memory is short.
     peer_rows: tuple[int, ...] = ()
-    """Rows that transformers and trl compute at once: each is tried, the fastest kept. Left out: one group, and all; trl
-    keeps the activations of all of them, so give it fewer where memory is short."""
+    #: Print the results as one JSON object, the last line.
     json: bool = False
-    """Print the results as one JSON object, the last line."""
+    #: Write the results into this file too.
     out: Path | None = None
-    """Write the results into this file too."""
 
 
 @dataclass(frozen=True)

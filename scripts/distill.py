@@ -47,10 +47,10 @@ LINE_EVERY = 30.0  # seconds between two lines of progress where there is no ter
 
 @dataclass(frozen=True)
 class Data:
+    #: Rows with right calls, as training takes them: a JSONL, JSON or Parquet file, a folder of them, or a hub id.
     path: str
-    """Rows with right calls, as training takes them: a JSONL, JSON or Parquet file, a folder of them, or a hub id."""
+    #: The text file of the system prompt, as training's --data.template; it must be the one that you will train with.
     template: str | None = None
-    """The text file of the system prompt, as training's --data.template; it must be the one that you will train with."""
 
 
 @dataclass(frozen=True)
@@ -64,37 +64,37 @@ class Args:
     """
 
     data: Data
+    #: The rows to write, a .jsonl file. All answers are kept beside it, in OUT.journal: start again to go on.
     out: Path
-    """The rows to write, a .jsonl file. All answers are kept beside it, in OUT.journal: start again to go on."""
+    #: The server, up to and without /chat/completions: https://api.openai.com/v1, http://localhost:8000/v1, ...
     url: str
-    """The server, up to and without /chat/completions: https://api.openai.com/v1, http://localhost:8000/v1, ..."""
+    #: The model's name there.
     model: str
-    """The model's name there."""
+    #: Requests for a row, at most, while none of its replies is right. Each costs a whole prompt. 1 for a first look; 2 to 4
+    #: where too few rows are kept. A later start with more asks again for the rows that have none.
     attempts: int = 1
-    """Requests for a row, at most, while none of its replies is right. Each costs a whole prompt. 1 for a first look; 2 to 4
-    where too few rows are kept. A later start with more asks again for the rows that have none."""
+    #: Of sampling. Left out: the server's own, as some reasoning models take no other.
     temperature: float | None = None
-    """Of sampling. Left out: the server's own, as some reasoning models take no other."""
+    #: More fields of the request, as a JSON object: '{"max_tokens": 2048, "reasoning_effort": "low"}'.
     body: str = "{}"
-    """More fields of the request, as a JSON object: '{"max_tokens": 2048, "reasoning_effort": "low"}'."""
+    #: Only the first so many usable rows; a later start may raise it.
     limit: int | None = None
-    """Only the first so many usable rows; a later start may raise it."""
+    #: Requests under way at once. Raise it until the rate on screen grows no more or the server limits it; for a server of your
+    #: own, as many as it batches.
     concurrency: int = 16
-    """Requests under way at once. Raise it until the rate on screen grows no more or the server limits it; for a server of
-    your own, as many as it batches."""
+    #: Seconds from a request to the end of its answer; then it is asked again, and may be charged twice. Raise it for long
+    #: thoughts, or a busy server of your own.
     timeout: float = 300.0
-    """Seconds from a request to the end of its answer; then it is asked again, and may be charged twice. Raise it for long
-    thoughts, or a busy server of your own."""
+    #: Times that a request is tried again after an error that may pass: rate limits, 5xx, no connection, no answer, rubbish.
     retries: int = 8
-    """Times that a request is tried again after an error that may pass: rate limits, 5xx, no connection, no answer, rubbish."""
+    #: Seconds before the first retry; they double up to a minute, and vary by half. What the server asks for comes first.
     backoff: float = 1.0
-    """Seconds before the first retry; they double up to a minute, and vary by half. What the server asks for comes first."""
+    #: The environment variable with the server's key. It may be unset, for a server that wants none.
     key_env: str = "OPENAI_API_KEY"
-    """The environment variable with the server's key. It may be unset, for a server that wants none."""
+    #: Dollars for a million prompt tokens; with --price_out, to be shown what it costs.
     price_in: float | None = None
-    """Dollars for a million prompt tokens; with --price_out, to be shown what it costs."""
+    #: Dollars for a million completion tokens, thoughts included.
     price_out: float | None = None
-    """Dollars for a million completion tokens, thoughts included."""
 
 
 # ---------------------------------------------------------------- what an answer is worth

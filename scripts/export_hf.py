@@ -26,14 +26,14 @@ from models import decoder, hf, lora
 class Args:
     """A checkpoint of a run, as a folder that transformers and vLLM load."""
 
+    #: A run's folder, or one checkpoint in it.
     source: Annotated[Path, tyro.conf.Positional]
-    """A run's folder, or one checkpoint in it."""
+    #: The folder to write.
     out: Annotated[Path, tyro.conf.Positional]
-    """The folder to write."""
+    #: Of the weights; float32 keeps them as they were trained.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the weights; float32 keeps them as they were trained."""
+    #: Write the adapter of a run with --lora.rank as a folder for PEFT (always float32), and not the merged model.
     adapter: bool = False
-    """Write the adapter of a run with --lora.rank as a folder for PEFT (always float32), and not the merged model."""
 
 
 def export(args: Args) -> None:

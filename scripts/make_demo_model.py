@@ -38,22 +38,22 @@ ROWS = 16  # of an optimizer step
 class Args:
     """The demo's base model, by supervised training on tasks that the program makes."""
 
+    #: The Hugging Face folder to write.
     out: Path = DEMO_MODEL
-    """The Hugging Face folder to write."""
+    #: Optimizer steps on whole texts.
     reading: int = 2000
-    """Optimizer steps on whole texts."""
+    #: Optimizer steps on right replies, after those.
     able: int = 3000
-    """Optimizer steps on right replies, after those."""
+    #: Optimizer steps on careless replies, after those.
     careless: int = 2500
-    """Optimizer steps on careless replies, after those."""
+    #: Peak learning rate of each stage; a cosine takes it to 0.
     rate: float = 2.5e-3
-    """Peak learning rate of each stage; a cosine takes it to 0."""
+    #: Width of the model.
     d_model: int = 128
-    """Width of the model."""
+    #: Its depth.
     layers: int = 4
-    """Its depth."""
+    #: A folder to go on from, with some stages done; give those 0 steps.
     start: Path | None = None
-    """A folder to go on from, with some stages done; give those 0 steps."""
 
 
 def new_policy(args: Args) -> tuple[Policy, Params]:

@@ -21,18 +21,18 @@ class Args:
     is a file that opens in any browser and asks nothing of any other place. A run makes its own at its end; this makes it anew,
     also while the run goes on."""
 
+    #: Folders of runs (their --run.dir).
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")] = ()
-    """Folders of runs (their --run.dir)."""
+    #: The file to write. Left out: report.html in the run's folder, or, of several runs, in the present one.
     out: Path | None = None
-    """The file to write. Left out: report.html in the run's folder, or, of several runs, in the present one."""
+    #: At most about so many groups of each run: of a longer one the first ones of each step, which are drawn at random. Each
+    #: thousand takes some 2 MB of the file, more with long responses.
     groups: int = page.MOST_GROUPS
-    """At most about so many groups of each run: of a longer one the first ones of each step, which are drawn at random. Each
-    thousand takes some 2 MB of the file, more with long responses."""
+    #: Show the page on this machine's own address instead, and renew it by itself while the run goes on. Ctrl-C ends it. Where
+    #: the run is on another machine: ssh -L PORT:127.0.0.1:PORT THERE.
     serve: bool = False
-    """Show the page on this machine's own address instead, and renew it by itself while the run goes on. Ctrl-C ends it. Where
-    the run is on another machine: ssh -L PORT:127.0.0.1:PORT THERE."""
+    #: Of --serve. 0: one that is free.
     port: int = 8008
-    """Of --serve. 0: one that is free."""
 
 
 def run(args: Args) -> None:

@@ -1,6 +1,8 @@
 """Command lines of programs without presets: what is wrong is one line that names the nearest right word."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -11,21 +13,21 @@ from data import command_line
 
 @dataclass(frozen=True)
 class Inner:
+    #: Where.
     path: str = ""
-    """Where."""
 
 
 @dataclass(frozen=True)
 class Args:
     """Does something."""
 
+    #: Which.
     what: Annotated[Literal["this", "that"], tyro.conf.Positional]
-    """Which."""
     data: Inner = field(default_factory=Inner)
+    #: At most so many.
     some_limit: int | None = None
-    """At most so many."""
+    #: Says nothing.
     quiet: bool = False
-    """Says nothing."""
 
 
 def test_words_become_options():
@@ -55,11 +57,11 @@ def test_what_is_wrong_is_one_line(words, says, capsys):
 class Needy:
     """Does something."""
 
+    #: A file. With
+    #: --to_path left out, nothing is written.
     from_path: str
-    """A file. With
-    --to_path left out, nothing is written."""
+    #: A folder.
     to_path: str
-    """A folder."""
 
 
 def test_what_is_missing_is_named_without_its_help():
@@ -78,3 +80,13 @@ def test_help_is_printed(capsys):
         command_line.read(Args, "program", ["--help"])
     shown = capsys.readouterr().out
     assert stop.value.code == 0 and "Does something." in shown and "--no-quiet" not in shown and "program" in shown
+    assert "At most so many. " in shown and "Says nothing." in shown
+
+
+def test_help_fills_its_lines():
+    """tyro joins the lines of a comment above a field, unless one begins with anything but a letter."""
+    root = Path(__file__).resolve().parents[2]
+    sources = [path for room in ("grpo_jax", "data", "eval", "scripts") for path in sorted((root / room).rglob("*.py"))]
+    pairs = [pair for path in sources for pair in pairwise(map(str.strip, path.read_text().splitlines()))]
+    further = [second for first, second in pairs if first.startswith("#: ") and second.startswith("#: ")]
+    assert len(further) > 50 and not [line for line in further if not line[3].isalpha()]

@@ -50,18 +50,18 @@ SHOWN = 20  # findings that are printed whole
 class Args:
     """Puts broken replies and rows to all that reads them; exit code 1 where something raises or is slow."""
 
+    #: Replies, each through every reward and every reader of replies.
     responses: int = 20_000
-    """Replies, each through every reward and every reader of replies."""
+    #: Rows, each through every loader.
     rows: int = 2_000
-    """Rows, each through every loader."""
+    #: Of all that is drawn.
     seed: int = 0
-    """Of all that is drawn."""
+    #: The number of the first case, to see one again.
     first: int = 0
-    """The number of the first case, to see one again."""
+    #: Files rollouts.jsonl of runs, whose responses are broken beside those that the program makes.
     replies_of: tuple[Path, ...] = ()
-    """Files rollouts.jsonl of runs, whose responses are broken beside those that the program makes."""
+    #: Files of rows (JSONL, JSON, Parquet), likewise.
     rows_of: tuple[Path, ...] = ()
-    """Files of rows (JSONL, JSON, Parquet), likewise."""
 
 
 @dataclass
