@@ -536,6 +536,9 @@ def run(args: Args) -> int:
             # Not among the commands, which a shell may read.
             print(f"not written in a dry run; the study does at its start: {', '.join(missing)}", file=sys.stderr)
         return 0
+    written = args.out / "study.md"
+    if written.exists() and (title := written.read_text().partition("\n")[0]) != f"# {study.title}":
+        raise ValueError(f"--out {args.out}: holds another study ({title.strip('# ')}); give this one a folder of its own")
     args.out.mkdir(parents=True, exist_ok=True)
     study.files(args.out)
     asked = f"{args.study} --scale {args.scale} --seeds {args.seeds}"
@@ -559,12 +562,12 @@ def run(args: Args) -> int:
         except (OSError, ValueError) as error:
             outcome.problem = str(error)
             console.warn(f"{label} failed: {error}")
-        report.write(args.out / "study.md", report.table(study, asked, outcomes, commands))
+        report.write(written, report.table(study, asked, outcomes, commands))
     labels, names = {row.name: row.label for row in study.rows}, [row.name for row in study.rows if row.program == GRPO]
     report.accuracy(args.out / "accuracy.png", labels, outcomes)
     report.curves(args.out / "curves.png", labels, {name: [j.folder for j in grid if j.row.name == name] for name in names})
-    console.CONSOLE.print((args.out / "study.md").read_text(), soft_wrap=True)
-    console.note(f"written: {args.out / 'study.md'}, accuracy.png, curves.png")
+    console.CONSOLE.print(written.read_text(), soft_wrap=True)
+    console.note(f"written: {written}, accuracy.png, curves.png")
     return int(any(outcome.problem for outcome in outcomes.values()))
 
 

@@ -188,6 +188,13 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_another_study_is_not_written_over(tmp_path):
+    (tmp_path / "study.md").write_text(kept := "# Rewards, another day\n\nA table.\n")
+    with pytest.raises(ValueError, match=r"holds another study \(Rewards, another day\); give this one a folder"):
+        study.run(Args("recipes", tmp_path, "demo"))
+    assert [file.read_text() for file in tmp_path.iterdir()] == [kept]
+
+
 # Running them
 
 
