@@ -1,6 +1,6 @@
 """Many steps of one process: memory of host and device, open files and threads stay what they were.
 
-python -m pytest -m slow tests/faults/test_long.py -k 60       # some two minutes; without -k, 500 steps, too
+python -m pytest -m slow tests/faults/test_long.py -k 60       # two or three minutes; without -k, 500 steps, too
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ def test_nothing_grows(steps, tiny_model, tmp_path, monkeypatch):
         seen.clear()
         train.train(small(tiny_model, tmp_path / name, **{"run.steps": steps, "checkpoint.every": 5, "run.tensorboard": True}))
     first, last = seen[WARM - 1], seen[-1]
+    for one, window in ((first, seen[WARM - 5 : WARM]), (last, seen[-5:])):
+        one["host"] = max(now["host"] for now in window)  # it dips now and then
     print({name: (first[name], last[name]) for name in first})
     assert len(seen) == steps
     for name in ("arrays", "device", "files", "threads"):
