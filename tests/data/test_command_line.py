@@ -24,7 +24,8 @@ class Args:
     #: Which.
     what: Annotated[Literal["this", "that"], tyro.conf.Positional]
     data: Inner = field(default_factory=Inner)
-    #: At most so many.
+    #: At most
+    #: so many.
     some_limit: int | None = None
     #: Says nothing.
     quiet: bool = False
@@ -80,7 +81,7 @@ def test_help_is_printed(capsys):
         command_line.read(Args, "program", ["--help"])
     shown = capsys.readouterr().out
     assert stop.value.code == 0 and "Does something." in shown and "--no-quiet" not in shown and "program" in shown
-    assert "At most so many. " in shown and "Says nothing." in shown
+    assert "At most so many. " in shown and "Says nothing." in shown  # two lines of the source become one
 
 
 def test_help_fills_its_lines():
