@@ -234,7 +234,8 @@ def test_packed_groups_equal_the_copied_sequences(x64, config):
 
 
 @CONFIGS
-def test_prefill_and_decode_equal_logits_of_the_whole_sequence(x64, config):
+@pytest.mark.parametrize("form", [lambda layers: layers, decoder.halved], ids=["whole", "halved"])
+def test_prefill_and_decode_equal_logits_of_the_whole_sequence(x64, form, config):
     """Three ragged prompts, two slots each, one of them empty; rows out of order, from different steps."""
     params, rng = random_params(config), np.random.default_rng(3)
     n, s, p, r = 3, 2, 6, 5
@@ -248,7 +249,7 @@ def test_prefill_and_decode_equal_logits_of_the_whole_sequence(x64, config):
     start, length = np.array([0, 3, 1, 0, 2]), np.array([5, 1, 3, 4, 2])
     responses = rng.integers(0, config.vocab, (b, r))
 
-    layers = decoder.by_layer(params)
+    layers = form(decoder.by_layer(params))
     cache, last = jax.jit(decoder.prefill, static_argnums=0)(config, layers, prompts, p_length)
     assert [k.shape for k in cache.k] == [(n, config.kv_heads, config.head_dim, p)] * config.layers
     assert [v.shape for v in cache.v] == [(n, config.kv_heads, p, config.head_dim)] * config.layers
@@ -277,6 +278,29 @@ def test_prefill_and_decode_equal_logits_of_the_whole_sequence(x64, config):
         prompt = prompts[group[i], : p_length[group[i]]]
         expected = alone(config, params, prompt, responses[i, : length[i]])[len(prompt) - 1 :]
         np.testing.assert_allclose(found[i, : length[i] + 1], expected, rtol=0, atol=1e-12)
+
+
+def test_halves_are_of_the_two_products_that_stand_alone():
+    params = decoder.by_layer(random_params(QWEN, np.float32))
+    for whole, layer in zip(params["layers"], decoder.halved(params)["layers"], strict=True):
+        for part, name in (("attention", "o"), ("ff", "down")):
+            first, second = layer[part].pop(name)
+            assert len(first) == len(second) == QWEN.d_model // 2
+            np.testing.assert_array_equal(np.concatenate([first, second]), whole[part].pop(name))
+        jax.tree.map(np.testing.assert_array_equal, layer, whole)
+
+
+@pytest.mark.parametrize("dtype, error", [(jnp.float64, 1e-12), (jnp.float32, 1e-4), (jnp.bfloat16, 0.05)])
+def test_gradient_of_the_norm_by_products_equals_autodiff(x64, dtype, error):
+    key = jax.random.split(jax.random.key(0), 3)
+    x, dy = (jax.random.normal(k, (2, 7, 48), dtype) for k in key[:2])
+    scale = 1 + jax.random.normal(key[2], (48,), dtype)
+    exact = [a.astype(jnp.float64) for a in (x, scale, dy)]
+    _, pullback = jax.vjp(lambda x, scale: scale * x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5), *exact[:2])
+    found = decoder._normed_by_products(1e-5, x, scale, dy)
+    for a, b in zip(found, pullback(exact[2]), strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=error * float(abs(b).max()))
 
 
 def test_a_full_response_cache_drops_what_does_not_fit(x64):
