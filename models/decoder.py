@@ -518,7 +518,7 @@ def halved(params: Params) -> Params:
     There a product of few rows and few outputs runs in one thread, but products that do not wait for each other run side by
     side. Queries have keys and values beside them, gate has up; these two would be alone.
     """
-    cut = lambda w: tuple(jnp.split(w, [len(w) // 2])) if isinstance(w, Array) else w  # noqa: E731
+    cut = lambda w: tuple(jnp.split(w, [len(w) // 2]))  # noqa: E731
 
     def one(layer: Params) -> Params:
         attention, ff = layer["attention"], layer["ff"]
