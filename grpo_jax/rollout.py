@@ -158,7 +158,7 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     params = params if isinstance(params["layers"], tuple) else _by_layer(params)
     if jax.default_backend() == "cpu" and (mesh is None or mesh.size == 1):
-        params = _halved(params)
+        params = decoder.halved(params)
     job = _job(config, params, prompts, sampling, order, (seed, step), mesh, kernel, attempts, lengths)
     g, total = sampling.group_size, len(prompts) * sampling.group_size
     book = _Book(deque((rank, j) for rank in range(len(prompts)) for j in range(g)), [g] * len(prompts))
@@ -388,7 +388,7 @@ def _arrange(hidden: Array, last: Array, source: Array) -> Array:
     return jnp.concatenate([hidden, last])[source]
 
 
-_by_layer, _halved = jax.jit(decoder.by_layer), jax.jit(decoder.halved)
+_by_layer = jax.jit(decoder.by_layer)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)

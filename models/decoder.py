@@ -512,17 +512,22 @@ def by_layer(params: Params) -> Params:
     return {**params, "layers": tuple(jax.tree.map(lambda x: x[i], stacked) for i in range(count))}  # noqa: B023
 
 
+@jax.jit
+def _halves(w: Array) -> tuple[Array, ...]:
+    return tuple(jnp.split(w, [len(w) // 2]))
+
+
 def halved(params: Params) -> Params:
     """Parameters `by_layer` whose matrices `o` and `down` are cut into two halves of their outputs, for sampling on a CPU.
 
     There a product of few rows and few outputs runs in one thread, but products that do not wait for each other run side by
-    side. Queries have keys and values beside them, gate has up; these two would be alone.
+    side. Queries have keys and values beside them, gate has up; these two would be alone. To be called outside of `jax.jit`,
+    which would copy the other arrays too.
     """
-    cut = lambda w: tuple(jnp.split(w, [len(w) // 2]))  # noqa: E731
 
     def one(layer: Params) -> Params:
         attention, ff = layer["attention"], layer["ff"]
-        return {**layer, "attention": {**attention, "o": cut(attention["o"])}, "ff": {**ff, "down": cut(ff["down"])}}
+        return {**layer, "attention": {**attention, "o": _halves(attention["o"])}, "ff": {**ff, "down": _halves(ff["down"])}}
 
     return {**params, "layers": tuple(map(one, params["layers"]))}
 
